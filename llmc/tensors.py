@@ -103,7 +103,7 @@ def read_tensor(info: TensorInfo) -> Array:
         raw = values.reshape(-1).view(np.uint8)
         done = 0
         while done < len(raw):
-            count = file.readinto(raw[done:])
+            count = file.readinto(raw[done:].data)
             if not count:
                 raise CheckpointError(f"{info.path} is cut short at byte {info.offset + done}")
             done += count

@@ -1,0 +1,185 @@
+"""ModelSpec -> the ONNX graph of a decoder, with the fused operators of ONNX Runtime.
+
+Knows the spec and the canonical names. Does not know families, files or runtimes, nor how weights are stored.
+
+Tokens of all sequences are rows of one matrix [batch * length, hidden]; only attention sees batch and length:
+
+    tokens ── embed ──► x
+    each layer:
+        x ── norm ── qkv ── GroupQueryAttention (rotary, cache) ── o ─► + ──► x
+        x ── norm ─┬─ gate ── silu ─► * ── down ──────────────────────► + ──► x
+                   └─ up ───────────►
+    x ── norm ── Gather(rows) ── head ──► logits
+
+An addition and the norm that follows it are one operator, SkipSimplifiedLayerNormalization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from llmc import rope
+from llmc.builders.onnx_graph import MICROSOFT, Graph
+from llmc.builders.onnx_linear import Lowering, path
+from llmc.recipe import QuantRecipe
+from llmc.spec import ModelSpec
+
+FLOAT, INT8, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
+
+# SiLU(x) = x sigmoid(x) is QuickGelu(x) = x sigmoid(alpha x) with alpha 1: one pass instead of two operators.
+_SILU_ALPHA = 1.0
+
+
+def draw(
+    spec: ModelSpec,
+    recipe: QuantRecipe | None,
+    load: Callable[[str], npt.NDArray[Any]],
+    *,
+    max_length: int,
+    kv_int8: bool,
+    accuracy_level: int,
+) -> Graph:
+    """The whole graph, its weights still unread.
+
+    Inputs: tokens int64 [batch, length]; rows int64 [rows], which of the batch * length tokens want logits;
+    seqlens_k int32 [batch], each sequence's length after this step minus one; total_sequence_length int32 [], the
+    longest of those lengths; past.N.{key,value} [batch, kv_heads, max_length, head_dim].
+    Outputs: logits float32 [rows, vocab]; present.N.{key,value}, to be bound to the memory of past.N.
+
+    Args:
+        load: A tensor of the checkpoint by its canonical name.
+        max_length: Positions in the rotary table.
+        kv_int8: The cache holds int8, by the checkpoint's scales.
+        accuracy_level: See `Lowering`.
+    """
+    graph = Graph("decoder")
+    tokens = graph.input("tokens", INT64, ["batch", "length"])
+    rows = graph.input("rows", INT64, ["rows"])
+    lowering = Lowering(graph, spec, recipe, load, accuracy_level)
+    decoder = _Decoder(spec, graph, lowering, tokens, max_length, kv_int8)
+
+    flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")
+    x = lowering.embedding(flat, "embed")
+    normed = decoder.norm(x, "layers.0.attn_norm")
+    for layer in range(spec.num_layers):
+        following = f"layers.{layer + 1}.attn_norm" if layer + 1 < spec.num_layers else "norm"
+        normed, x = decoder.add_norm(x, decoder.attention(normed, layer), f"layers.{layer}.mlp_norm")
+        normed, x = decoder.add_norm(x, decoder.mlp(normed, f"layers.{layer}.mlp"), following)
+    sampled = graph.call("Gather", [normed, rows], "/rows")
+    logits = lowering.linear(sampled, "embed" if spec.tied else "head", node="/head")
+    graph.output(logits, "logits", FLOAT, ["rows", spec.vocab_size])
+    decoder.declare_presents()
+    return graph
+
+
+class _Decoder:
+    """The parts of a layer, and what all layers share."""
+
+    def __init__(
+        self, spec: ModelSpec, graph: Graph, lowering: Lowering, tokens: ir.Value, max_length: int, kv_int8: bool
+    ) -> None:
+        self.spec, self.graph, self.lowering, self.kv_int8 = spec, graph, lowering, kv_int8
+        self.seqlens = graph.input("seqlens_k", INT32, ["batch"])
+        self.total = graph.input("total_sequence_length", INT32, [])
+        self.cos, self.sin = (
+            graph.weight(f"rotary.{name}", np.float32, table.shape, table.copy)
+            for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length), strict=True)
+        )
+        self.cache_type = INT8 if kv_int8 else FLOAT
+        self.cache_shape = ["batch", spec.attention.num_kv_heads, "max_length", spec.attention.head_dim]
+        self.presents: dict[str, ir.Value] = {}
+        shape = graph.call("Shape", [tokens], "/shape")
+        self.batched = graph.call("Concat", [shape, graph.constant("/rest", np.array([-1]))], "/batched", axis=0)
+        self.flat = graph.constant("/flat", np.array([-1, spec.q_size]))
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """x normalised over its last axis."""
+        weight = self._gamma(name)
+        return self.graph.call(
+            "SimplifiedLayerNormalization", [x, weight], path(name), epsilon=self.spec.norm.eps, axis=-1
+        )
+
+    def add_norm(self, x: ir.Value, y: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm(x + y), x + y)."""
+        normed, _, _, added = self.graph.node(
+            "SkipSimplifiedLayerNormalization",
+            [x, y, self._gamma(name)],
+            path(name),
+            domain=MICROSOFT,
+            outputs=4,
+            epsilon=self.spec.norm.eps,
+        )
+        return normed, added
+
+    def _gamma(self, name: str) -> ir.Value:
+        is_head = name.endswith(("q_norm", "k_norm"))
+        size = self.spec.attention.head_dim if is_head else self.spec.hidden_size
+        return self.lowering.weight([name], "weight", (size,))
+
+    def attention(self, x: ir.Value, layer: int) -> ir.Value:
+        """o(attention(rotary(q), rotary(k), v)).
+
+            x ── qkv ─────────────────────► GroupQueryAttention ── o ──►
+        or, when heads are normalised,
+            x ── q ── [heads] ── norm ──►
+            x ── k ── [heads] ── norm ──►   GroupQueryAttention ── o ──►
+            x ── v ─────────────────────►
+        """
+        graph, spec, at = self.graph, self.spec.attention, f"layers.{layer}.attn"
+        past = [graph.input(f"past.{layer}.{kind}", self.cache_type, self.cache_shape) for kind in ("key", "value")]
+        quantized: dict[str, Any] = {}
+        scales: list[ir.Value | None] = []
+        if self.kv_int8:
+            shape = (1, spec.num_kv_heads, 1, spec.head_dim)
+            scales = [None, None, None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
+            quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        out, key, value = graph.node(
+            "GroupQueryAttention",
+            [*self._qkv(x, at), *past, self.seqlens, self.total, self.cos, self.sin, *scales],
+            path(at),
+            domain=MICROSOFT,
+            outputs=3,
+            num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
+            do_rotary=1,
+            local_window_size=self.spec.window(layer) or -1,
+            **quantized,
+        )
+        self.presents[f"present.{layer}.key"] = key
+        self.presents[f"present.{layer}.value"] = value
+        return self.lowering.linear(graph.call("Reshape", [out, self.flat], f"{path(at)}/rows"), f"{at}.o")
+
+    def _qkv(self, x: ir.Value, at: str) -> list[ir.Value | None]:
+        """Attention's first three inputs: packed in the first where one product can make them."""
+        parts = [f"{at}.{name}" for name in "qkv"]
+        if not self.spec.attention.qk_norm and len({self.lowering.format(part) for part in parts}) == 1:
+            packed = self.lowering.linear(x, *parts, node=path(f"{at}.qkv"))
+            return [self._batch(packed, f"{at}.qkv"), None, None]
+        made = [self.lowering.linear(x, part) for part in parts]
+        if self.spec.attention.qk_norm:
+            # The operator has inputs for these norms, but its CPU kernel refuses them.
+            made[:2] = [self._norm_heads(y, part) for y, part in zip(made[:2], parts, strict=False)]
+        return [self._batch(y, part) for y, part in zip(made, parts, strict=True)]
+
+    def _norm_heads(self, x: ir.Value, name: str) -> ir.Value:
+        shape = self.graph.constant(f"{path(name)}/head", np.array([-1, self.spec.attention.head_dim]))
+        return self.norm(self.graph.call("Reshape", [x, shape], f"{path(name)}/heads"), f"{name}_norm")
+
+    def _batch(self, x: ir.Value, name: str) -> ir.Value:
+        return self.graph.call("Reshape", [x, self.batched], f"{path(name)}/batched")
+
+    def mlp(self, x: ir.Value, at: str) -> ir.Value:
+        """down(silu(gate(x)) * up(x))."""
+        gate, up = (self.lowering.linear(x, f"{at}.{name}") for name in ("gate", "up"))
+        active = self.graph.call("QuickGelu", [gate], path(f"{at}.silu"), domain=MICROSOFT, alpha=_SILU_ALPHA)
+        product = self.graph.call("Mul", [active, up], path(f"{at}.product"))
+        return self.lowering.linear(product, f"{at}.down")
+
+    def declare_presents(self) -> None:
+        for name, value in self.presents.items():
+            self.graph.output(value, name, self.cache_type, self.cache_shape)

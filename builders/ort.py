@@ -1,0 +1,95 @@
+"""The ONNX Runtime engine: model.onnx and weights.bin, from a canonical checkpoint.
+
+Knows the checkpoint and the folder it writes. Does not need onnxruntime: an engine can be built where none runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from llmc import manifest as manifests
+from llmc import names
+from llmc.builders import onnx_decoder
+from llmc.checkpoint import Checkpoint, copy_tokenizer
+from llmc.engine import Engine
+from llmc.errors import UserError
+
+# MatMulNBits' accuracy_level by the arithmetic of quantized products.
+ACCURACY_LEVELS = {"int8": 4, "float32": 1}
+
+
+def build(
+    source: Path,
+    target: Path,
+    *,
+    max_length: int | None = None,
+    kv_cache: Literal["float32", "int8"] | None = None,
+    arithmetic: Literal["int8", "float32"] = "int8",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Engine:
+    """Build the engine folder `target` from the checkpoint `source`.
+
+    Args:
+        max_length: Tokens of the longest sequence; by default what the model was made for. Scalings of the rotary
+            embedding that depend on the context's length (dynamic, longrope) are fixed for this one.
+        kv_cache: By default int8 when the checkpoint has scales for it.
+        arithmetic: Of products with quantized weights. int8 is the faster: each row of the input is quantized on the
+            way, so that its result depends a little on the rows beside it.
+        progress: Told the bytes of weights written so far, and of all.
+
+    Raises:
+        ManifestError, CheckpointError: `source` is not a whole checkpoint.
+        UserError: `target` exists, or an option does not fit the checkpoint.
+    """
+    checkpoint = Checkpoint(source)
+    spec, recipe = checkpoint.spec, checkpoint.recipe
+    has_scales = recipe is not None and recipe.kv_cache is not None
+    if kv_cache == "int8" and not has_scales:
+        raise UserError(
+            f"{source} has no scales for an int8 KV cache: make them with "
+            f"`llmc quantize {source} OUT --algo none --kv-cache int8 --calibration TEXT`"
+        )
+    if max_length is not None and not 0 < max_length <= spec.max_positions:
+        raise UserError(f"--max-length {max_length}: {source} was made for 1 to {spec.max_positions} tokens")
+    engine = Engine(
+        backend="ort",
+        spec=spec,
+        max_length=max_length or spec.max_positions,
+        kv_cache=kv_cache or ("int8" if has_scales else "float32"),
+        weights=_formats(checkpoint),
+    )
+    with manifests.creating(target, overwrite=overwrite) as folder:
+        graph = onnx_decoder.draw(
+            spec,
+            recipe,
+            checkpoint.__getitem__,
+            max_length=engine.max_length,
+            kv_int8=engine.kv_cache == "int8",
+            accuracy_level=ACCURACY_LEVELS[arithmetic],
+        )
+        graph.save(folder, progress)
+        engine.save(folder)
+        copy_tokenizer(source, folder)
+        manifests.seal(
+            folder,
+            manifests.Manifest(
+                kind="engine",
+                tools=manifests.tools("onnx-ir", "onnx"),
+                settings={"max_length": engine.max_length, "kv_cache": engine.kv_cache, "arithmetic": arithmetic},
+                parents=(manifests.parent(source),),
+            ),
+        )
+    return engine
+
+
+def _formats(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many matrices are stored in each way."""
+    found: Counter[str] = Counter()
+    for matrix in names.matrices(checkpoint.spec):
+        form = checkpoint.recipe.format_of(matrix) if checkpoint.recipe else None
+        found["float32" if form is None else f"int{form.bits} group {form.group_size}"] += 1
+    return dict(found)

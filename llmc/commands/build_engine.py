@@ -1,0 +1,58 @@
+"""`llmc build-engine CHECKPOINT OUT`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--max-length", type=int, help="Tokens of the longest sequence. [default: what the model was made for]")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["float32", "int8"]),
+    help="How keys and values are kept. [default: int8 if the checkpoint has scales for it]",
+)
+@click.option(
+    "--arithmetic",
+    type=click.Choice(["int8", "float32"]),
+    default="int8",
+    show_default=True,
+    help="Of products with quantized weights: int8 is faster, float32 does not depend on what else is in the batch.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+def command(
+    checkpoint: Path, out: Path, max_length: int | None, kv_cache: str | None, arithmetic: str, overwrite: bool
+) -> None:
+    """Make the engine folder OUT, that can be served, from a checkpoint.
+
+    The engine runs on ONNX Runtime and holds everything a server needs: graph, weights, tokenizer, prompt template.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llmc.builders import ort
+    from llmc.commands.report import folder_size
+
+    console = Console(stderr=True)
+    began = time.perf_counter()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("writing weights", total=None)
+        engine = ort.build(
+            checkpoint,
+            out,
+            max_length=max_length,
+            kv_cache=kv_cache,  # type: ignore[arg-type]
+            arithmetic=arithmetic,  # type: ignore[arg-type]
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    weights = ", ".join(f"{count} x {name}" for name, count in engine.weights.items())
+    click.echo(f"{out}: {engine.spec.family} engine, {folder_size(out)}, {time.perf_counter() - began:.1f} s")
+    click.echo(f"  matrices   {weights}")
+    click.echo(f"  KV cache   {engine.kv_cache}, up to {engine.max_length} tokens a sequence")
+    click.echo(f"next: llmc serve {out}    (or: llmc generate {out} --prompt ...)")

@@ -1,0 +1,237 @@
+"""Runs an ONNX Runtime engine on the CPU.
+
+One KV cache for all sequences is reserved at the start and touched only as it fills. A step is one run for all chunks
+of a single token (one batch in the first slots) and one run for each longer chunk: GroupQueryAttention takes several
+tokens with a past for one sequence only. Keys and values are written in place, because past and present are bound to
+the same memory.
+
+Knows onnxruntime and the engine's inputs (builders/onnx_decoder.py). Does not know requests, or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmc.engine import Engine
+from llmc.errors import EngineError
+from llmc.need import need
+from llmc.runtime import Chunk, Limits, Logits
+from llmc.serve.runners.slots import SlotTable
+
+Array = npt.NDArray[Any]
+
+MODEL = "model.onnx"
+DEFAULT_SEQUENCES = 16
+CACHE_SHARE = 0.5  # of the memory that is free when the engine is opened
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python from 3.13 on
+
+
+class Cache:
+    """Keys and values of every layer: [slots, kv_heads, max_length, head_dim] each, in memory that is touched lazily."""
+
+    def __init__(self, engine: Engine, slots: int) -> None:
+        attention = engine.spec.attention
+        self.shape = (slots, attention.num_kv_heads, engine.max_length, attention.head_dim)
+        self.dtype = np.dtype(np.int8 if engine.kv_cache == "int8" else np.float32)
+        self._slot_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        names = [f"{layer}.{kind}" for layer in range(engine.spec.num_layers) for kind in ("key", "value")]
+        self._maps = {name: _reserve(slots * self._slot_bytes) for name in names}
+        self.arrays: dict[str, Array] = {
+            name: np.frombuffer(memory, self.dtype, count=int(np.prod(self.shape))).reshape(self.shape)
+            for name, memory in self._maps.items()
+        }
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        for array in self.arrays.values():
+            array[target, :, :count] = array[source, :, :count]
+
+    def exchange(self, a: int, b: int, count_a: int, count_b: int) -> None:
+        for array in self.arrays.values():
+            kept = array[a, :, :count_a].copy()
+            array[a, :, :count_b] = array[b, :, :count_b]
+            array[b, :, :count_a] = kept
+
+    def drop(self, slot: int) -> None:
+        # Whole pages only; what is left of a page at either end stays resident.
+        begin = -(-slot * self._slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (slot + 1) * self._slot_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            for memory in self._maps.values():
+                memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _reserve(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    # A huge page would make the first token of every head of every slot cost 2 MiB.
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+@dataclass(slots=True)
+class _DecodeBatch:
+    """Everything that a batch of single tokens needs again in every step, bound once."""
+
+    binding: Any
+    tokens: Array
+    seqlens: Array
+    total: Array
+    logits: Logits
+    keep: list[Any]
+
+
+class OrtRunner:
+    """An engine of the backend "ort", opened. Implements `llmc.runtime.Runner`."""
+
+    def __init__(self, session: Any, engine: Engine, limits: Limits) -> None:
+        self._ort = need("onnxruntime")
+        self._session = session
+        self._limits = limits
+        self._cache = Cache(engine, limits.max_sequences)
+        self._table = SlotTable(self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens)
+        self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
+        self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def claim(self, sequence_id: int, tokens: npt.NDArray[np.int64]) -> int:
+        return self._table.claim(sequence_id, tokens)
+
+    def free(self, sequence_id: int) -> None:
+        self._table.free(sequence_id)
+
+    def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
+        """See `llmc.runtime.Runner.step`. The logits are overwritten by the next step."""
+        for chunk in chunks:
+            self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
+        self._table.trim()
+        results: dict[int, Logits] = {}
+        try:
+            singles = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+            if singles:
+                self._decode(singles, results)
+            for chunk in chunks:
+                if len(chunk.tokens) > 1:
+                    results[chunk.sequence_id] = self._prefill(chunk)
+        except Exception as error:
+            for chunk in chunks:
+                self._table.forget(chunk.sequence_id, chunk.start)
+            raise EngineError(f"ONNX Runtime failed: {error}") from error
+        return [results[chunk.sequence_id] for chunk in chunks]
+
+    def close(self) -> None:
+        self._decode_batch.cache_clear()
+        self._slot_binding.cache_clear()
+        del self._session, self._table, self._cache
+
+    def _decode(self, chunks: Sequence[Chunk], results: dict[int, Logits]) -> None:
+        """One token of each of several sequences."""
+        by_id = {chunk.sequence_id: chunk for chunk in chunks}
+        order = [by_id[sequence_id] for sequence_id in self._table.line_up(list(by_id))]
+        batch = self._decode_batch(len(order))
+        batch.tokens[:, 0] = [int(chunk.tokens[0]) for chunk in order]
+        batch.seqlens[:] = [chunk.start for chunk in order]
+        batch.total[...] = batch.seqlens.max() + 1
+        self._session.run_with_iobinding(batch.binding)
+        for row, chunk in enumerate(order):
+            results[chunk.sequence_id] = batch.logits[row : row + chunk.logits]
+
+    def _prefill(self, chunk: Chunk) -> Logits:
+        """Several tokens of one sequence."""
+        count = len(chunk.tokens)
+        binding, _ = self._slot_binding(self._table[chunk.sequence_id].index, 1)
+        end = chunk.start + count
+        logits = np.empty((chunk.logits, self._limits.vocab_size), np.float32)
+        keep = self._bind(
+            binding,
+            {
+                "tokens": np.asarray(chunk.tokens, np.int64)[None],
+                "rows": np.arange(count - chunk.logits, count),
+                "seqlens_k": np.array([end - 1], np.int32),
+                "total_sequence_length": np.array(end, np.int32),
+            },
+            logits,
+        )
+        self._session.run_with_iobinding(binding)
+        del keep
+        return logits
+
+    def _bind(self, binding: Any, inputs: dict[str, Array], logits: Logits) -> list[Any]:
+        """Bind inputs and logits; the result must live as long as the binding is run with them."""
+        keep = []
+        for name, values in inputs.items():
+            keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
+            binding.bind_ortvalue_input(name, keep[-1])
+        keep.append(self._ort.OrtValue.ortvalue_from_numpy(logits))
+        binding.bind_ortvalue_output("logits", keep[-1])
+        return keep
+
+    def _bind_slots(self, first: int, count: int) -> tuple[Any, list[Any]]:
+        """A binding whose caches are `count` slots from `first` on."""
+        binding, keep = self._session.io_binding(), []
+        for name, array in self._cache.arrays.items():
+            value = self._ort.OrtValue.ortvalue_from_numpy(array[first : first + count])
+            binding.bind_ortvalue_input(f"past.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+            keep.append(value)
+        return binding, keep
+
+    def _bind_decode_batch(self, count: int) -> _DecodeBatch:
+        binding, keep = self._bind_slots(0, count)
+        tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
+        total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.vocab_size), np.float32)
+        inputs = {
+            "tokens": tokens,
+            "rows": np.arange(count),
+            "seqlens_k": seqlens,
+            "total_sequence_length": total,
+        }
+        keep += self._bind(binding, inputs, logits)
+        return _DecodeBatch(binding, tokens, seqlens, total, logits, keep)
+
+
+def open_runner(
+    folder: Path, engine: Engine, *, threads: int | None, max_sequences: int | None, cache_tokens: int | None
+) -> OrtRunner:
+    """Open the engine in `folder`; see `llmc.serve.runners.open_runner`."""
+    ort = need("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {folder / MODEL}: {error}") from error
+    sequences = max_sequences or DEFAULT_SEQUENCES
+    limits = Limits(
+        max_sequences=sequences,
+        max_length=engine.max_length,
+        cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
+        vocab_size=engine.spec.vocab_size,
+    )
+    return OrtRunner(session, engine, limits)
+
+
+def _affordable_tokens(engine: Engine) -> int:
+    """Tokens whose keys and values fit in a share of the memory that is free now, at least those of one sequence."""
+    per_token = 2 * engine.spec.num_layers * engine.spec.kv_size * (1 if engine.kv_cache == "int8" else 4)
+    return max(engine.max_length, int(CACHE_SHARE * _available_memory()) // per_token)
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping; the page cache counts, because it gives way (Linux, proc(5))."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE

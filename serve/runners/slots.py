@@ -1,0 +1,170 @@
+"""Which sequence's keys and values lie in which slot of a KV cache, and what of them can be used again.
+
+A cache is a row of slots, each as long as the longest sequence. A freed slot keeps what was computed in it, so that a
+later prompt that begins alike computes only the rest: in place when nothing else in that slot is worth keeping, else
+by copying the common part. A batch that decodes lies in the first slots side by side, because a runtime takes one
+contiguous block of the cache.
+
+Knows tokens and slots. Does not know where the bytes are: it tells a `Storage` what to copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from llmc.errors import EngineError
+from llmc.runtime import Tokens
+
+
+class Storage(Protocol):
+    """The bytes of the cache."""
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of a slot to another."""
+        ...
+
+    def exchange(self, a: int, b: int, count_a: int, count_b: int) -> None:
+        """Let two slots change places, of which the first `count_a` and `count_b` tokens matter."""
+        ...
+
+    def drop(self, slot: int) -> None:
+        """Give a slot's memory back to the system."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One slot.
+
+    Attributes:
+        tokens: int64 [max_length]; the first `length` are those whose keys and values it holds.
+        resident: The most tokens it held since its memory was given back.
+        sequence_id: Who uses it, None when it only remembers.
+        used: When it was last claimed or freed, in calls.
+    """
+
+    index: int
+    tokens: Tokens
+    length: int = 0
+    resident: int = 0
+    sequence_id: int | None = None
+    used: int = 0
+
+    def shared(self, tokens: Tokens) -> int:
+        """How many of the first tokens are the same."""
+        count = min(self.length, len(tokens))
+        differ = np.flatnonzero(self.tokens[:count] != tokens[:count])
+        return int(differ[0]) if len(differ) else count
+
+
+@dataclass
+class SlotTable:
+    """The slots of one cache.
+
+    Attributes:
+        capacity: Tokens that may be resident in all slots together; claimed slots are never dropped for it, because
+            the scheduler keeps those within the limit.
+    """
+
+    storage: Storage
+    count: int
+    max_length: int
+    capacity: int
+    slots: list[Slot] = field(init=False)
+    _of_sequence: dict[int, Slot] = field(init=False, default_factory=dict)
+    _clock: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.slots = [Slot(index, np.zeros(self.max_length, np.int64)) for index in range(self.count)]
+
+    def __getitem__(self, sequence_id: int) -> Slot:
+        try:
+            return self._of_sequence[sequence_id]
+        except KeyError:
+            raise EngineError(f"sequence {sequence_id} was never claimed") from None
+
+    def claim(self, sequence_id: int, tokens: Tokens) -> int:
+        """Give the sequence a slot; returns how many of its tokens are in it already, less than all of them."""
+        if sequence_id in self._of_sequence:
+            raise EngineError(f"sequence {sequence_id} is claimed already")
+        free = [slot for slot in self.slots if slot.sequence_id is None]
+        if not free:
+            raise EngineError(f"all {self.count} slots of the KV cache are in use")
+        best = max(self.slots, key=lambda slot: slot.shared(tokens))
+        reused = min(best.shared(tokens), len(tokens) - 1)
+        if best.sequence_id is None and 2 * reused >= best.length > 0:
+            slot = best
+        else:
+            # An empty one, else the one that was not used for the longest time.
+            slot = min(free, key=lambda each: (each.length > 0, each.used, each.index))
+            if reused and slot is not best:
+                self.storage.copy(best.index, slot.index, reused)
+                slot.tokens[:reused] = tokens[:reused]
+        slot.length = reused
+        slot.resident = max(slot.resident, reused)
+        slot.sequence_id = sequence_id
+        self._of_sequence[sequence_id] = slot
+        self._touch(slot)
+        return reused
+
+    def extend(self, sequence_id: int, start: int, tokens: Tokens) -> None:
+        """Note that the tokens from `start` on are about to be computed."""
+        slot, end = self[sequence_id], start + len(tokens)
+        if not 0 <= start <= slot.length or end > self.max_length:
+            raise EngineError(
+                f"sequence {sequence_id}: tokens {start}..{end} do not continue the {slot.length} computed ones "
+                f"within {self.max_length}"
+            )
+        slot.tokens[start:end] = tokens
+        slot.length = end
+        slot.resident = max(slot.resident, end)
+
+    def forget(self, sequence_id: int, length: int) -> None:
+        """Note that only the first `length` tokens of a slot can be trusted."""
+        slot = self[sequence_id]
+        slot.length = min(slot.length, length)
+
+    def free(self, sequence_id: int) -> None:
+        slot = self._of_sequence.pop(sequence_id, None)
+        if slot is not None:
+            slot.sequence_id = None
+            self._touch(slot)
+
+    def line_up(self, sequence_ids: Sequence[int]) -> list[int]:
+        """Bring sequences into the first slots, in any order.
+
+        Returns:
+            The sequences in the order of their slots, 0 to len(sequence_ids) - 1.
+        """
+        count = len(sequence_ids)
+        wanted = {self[sequence_id].index for sequence_id in sequence_ids}
+        holes = [index for index in range(count) if index not in wanted]
+        strays = [index for index in wanted if index >= count]
+        for hole, stray in zip(holes, sorted(strays), strict=True):
+            a, b = self.slots[hole], self.slots[stray]
+            self.storage.exchange(hole, stray, a.length, b.length)
+            a.index, b.index = stray, hole
+            self.slots[hole], self.slots[stray] = b, a
+            a.resident, b.resident = max(a.length, b.resident), max(b.length, a.resident)
+        return [slot.sequence_id for slot in self.slots[:count] if slot.sequence_id is not None]
+
+    def trim(self) -> None:
+        """Drop what is only remembered, the oldest first, until the resident tokens fit the capacity."""
+        total = sum(slot.resident for slot in self.slots)
+        if total <= self.capacity:
+            return
+        for slot in sorted(self.slots, key=lambda each: each.used):
+            if slot.sequence_id is None and slot.resident:
+                self.storage.drop(slot.index)
+                total -= slot.resident
+                slot.length = slot.resident = 0
+                if total <= self.capacity:
+                    return
+
+    def _touch(self, slot: Slot) -> None:
+        self._clock += 1
+        slot.used = self._clock

@@ -74,7 +74,7 @@ def stages(options: argparse.Namespace, table: Table) -> Path:
     ):
         began = time.perf_counter()
         command = [sys.executable, "-m", "llmc.cli", name, *map(str, arguments)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         total += time.perf_counter() - began
         table.add_row(name, f"{time.perf_counter() - began:.1f} s")
     table.add_row("convert + quantize + build-engine", f"{total:.1f} s")
@@ -177,11 +177,11 @@ def serving(engine: Path, threads: int | None, streams: int) -> Iterator[str]:
     command = [sys.executable, "-m", "llmc.cli", "serve", str(engine), "--port", str(port)]
     command += ["--max-sequences", str(max(streams, 1))]
     command += ["--threads", str(threads)] if threads else []
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:  # noqa: S603
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
             for _ in range(600):
                 with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1)  # noqa: S310
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1)
                     break
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}"

@@ -109,7 +109,7 @@ class Graph:
         self._weights.setdefault(stored or name, []).append(_Weight(value, dtype, shape, load))
         return value
 
-    def save(self, folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def save(self, folder: Path, progress: Callable[[int, int], object] | None = None) -> None:
         """Write `model.onnx` and `weights.bin` into `folder`.
 
         Args:
@@ -123,10 +123,9 @@ class Graph:
                 _write(file, group[0])
                 for weight in group:
                     self._refer(weight, offset, folder)
-                progress(file.tell(), total)
-        model = ir.Model(
-            self._graph, ir_version=_IR_VERSION, producer_name="llmc", producer_version=llmc.__version__
-        )
+                if progress:
+                    progress(file.tell(), total)
+        model = ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="llmc", producer_version=llmc.__version__)
         ir.save(model, folder / MODEL)
 
     def _refer(self, weight: _Weight, offset: int, folder: Path) -> None:

@@ -12,7 +12,7 @@ Knows formats and operators. Does not know where in a decoder a linear stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 
 Array = npt.NDArray[Any]
+Modules = Sequence[str]
 
 
 def path(module: str) -> str:
@@ -121,14 +122,14 @@ class Lowering:
         start, end, axis = (self.graph.constant(f"{path(module)}/cut:{n}", np.array([n])) for n in (0, width, 1))
         return self.graph.call("Slice", [found, start, end, axis], f"{path(module)}/cut")
 
-    def _zero(self, modules: tuple[str, ...] | list[str], form: WeightFormat, rows: int, groups: int) -> ir.Value | None:
+    def _zero(self, modules: Modules, form: WeightFormat, rows: int, groups: int) -> ir.Value | None:
         if form.symmetric:
             return None
         return self.weight(modules, "zero", (rows, -(-groups * form.bits // 8)), np.uint8)
 
     def weight(
         self,
-        modules: tuple[str, ...] | list[str],
+        modules: Modules,
         kind: str,
         shape: tuple[int, ...],
         dtype: npt.DTypeLike = np.float32,

@@ -29,7 +29,7 @@ def build(
     kv_cache: Literal["float32", "int8"] | None = None,
     arithmetic: Literal["int8", "float32"] = "int8",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Engine:
     """Build the engine folder `target` from the checkpoint `source`.
 

@@ -36,7 +36,7 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python from 3.13
 
 
 class Cache:
-    """Keys and values of every layer: [slots, kv_heads, max_length, head_dim] each, in memory that is touched lazily."""
+    """Keys and values of every layer, [slots, kv_heads, max_length, head_dim] each, in lazily touched memory."""
 
     def __init__(self, engine: Engine, slots: int) -> None:
         attention = engine.spec.attention

@@ -92,9 +92,7 @@ def greedy_of(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])
-def test_frequencies_of_a_long_context(
-    name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_frequencies_of_a_long_context(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     """An engine built for 100 tokens computes as transformers does on a whole context of 100."""
     model = tiny.TINY[name].build()
     builder.build(tiny_checkpoint(name), tmp_path / "engine", max_length=100)
@@ -108,9 +106,11 @@ def test_frequencies_of_a_long_context(
 
 def test_random_arrivals_give_the_tokens_of_each_alone(pair: Any) -> None:
     """Sequences join, leave, move between slots and share beginnings; nobody's tokens change."""
-    _, runner, length = pair
+    _, runner, _length = pair
     rng = np.random.default_rng(0)
-    prompts = [tiny.tokens(5, seed=int(rng.integers(3))) + tiny.tokens(int(rng.integers(0, 6)), seed=9) for _ in range(10)]
+    prompts = [
+        tiny.tokens(5, seed=int(rng.integers(3))) + tiny.tokens(int(rng.integers(0, 6)), seed=9) for _ in range(10)
+    ]
     counts = [int(rng.integers(1, 12)) for _ in prompts]
     alone = [greedy(runner, [prompt], count)[0] for prompt, count in zip(prompts, counts, strict=True)]
     texts, done = [list(prompt) for prompt in prompts], {}

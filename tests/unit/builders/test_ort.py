@@ -31,9 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_built_twice_gives_the_same_bytes(
-    engine: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_built_twice_gives_the_same_bytes(engine: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     builder.build(tiny_checkpoint("qwen2.5-tied"), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(engine)
 
@@ -67,16 +65,14 @@ def test_a_tied_matrix_is_stored_once(engine: Path) -> None:
     model = onnx.load(engine / "model.onnx", load_external_data=False)
     external = [each for each in model.graph.initializer if each.external_data]
     offsets = [int(entry.value) for each in external for entry in each.external_data if entry.key == "offset"]
-    assert len(set(offsets)) == len(external) > 20
+    assert len(set(offsets)) == len(external) >= 20
     assert all(offset % 64 == 0 for offset in offsets)
     users = [node.name for node in model.graph.node if "embed.weight" in node.input]
     assert users == ["/embed", "/head"]
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "model.onnx", "engine.json", "tokenizer.json"])
-def test_a_changed_byte_is_refused(
-    name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_a_changed_byte_is_refused(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     folder = tmp_path / "engine"
     builder.build(tiny_checkpoint("llama"), folder)
     before = manifests.sha256_of(folder / name)
@@ -104,16 +100,14 @@ def test_a_checkpoint_is_not_an_engine(tiny_checkpoint: Callable[[str], Path]) -
 
 
 def test_options_that_do_not_fit(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
-    with pytest.raises(UserError, match="llmc quantize .* --kv-cache int8 --calibration"):
+    with pytest.raises(UserError, match=r"llmc quantize .* --kv-cache int8 --calibration"):
         builder.build(tiny_checkpoint("llama"), tmp_path / "out", kv_cache="int8")
     with pytest.raises(UserError, match="was made for 1 to 256 tokens"):
         builder.build(tiny_checkpoint("llama"), tmp_path / "out", max_length=257)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_build_leaves_nothing(
-    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     def interrupt(done: int, total: int) -> None:
         if done > total // 2:
             raise KeyboardInterrupt

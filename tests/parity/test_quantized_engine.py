@@ -1,0 +1,103 @@
+"""Quantized engines against the reference decoder with the same weights unpacked: the lowering of every format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from llmc import model
+from llmc.builders import ort as builder
+from llmc.checkpoint import Checkpoint
+from llmc.quant.quantize import Calibration, quantize
+from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
+from llmc.runtime import Chunk
+from llmc.serve.runners import open_runner
+
+TOKENS = np.array(tiny.tokens(60))
+
+
+def recipe(
+    bits: int, group_size: int, *, symmetric: bool = True, keep: tuple[str, ...] = (), **overrides: int
+) -> QuantRecipe:
+    def form(bits: int) -> WeightFormat:
+        return WeightFormat(bits=bits, group_size=group_size, symmetric=symmetric)  # type: ignore[arg-type]
+
+    return QuantRecipe(
+        algorithm="rtn",
+        weights=form(bits),
+        keep=keep,
+        overrides={f"layers.*.attn.{name}": form(other) for name, other in overrides.items()},
+    )
+
+
+CASES = {
+    "a tied head is the quantized embedding": ("qwen2.5-tied", recipe(4, 32)),
+    "zero points": ("llama-bias", recipe(4, 32, symmetric=False)),
+    "zero points of 8 bits": ("qwen2", recipe(8, 32, symmetric=False)),
+    "a last group that is partly padding": ("qwen3", recipe(4, 64, symmetric=False)),
+    "a group wider than the model": ("mistral-window", recipe(8, 128)),
+    "some matrices kept": ("llama", recipe(4, 32, keep=("head", "layers.0.*"))),
+    "the embedding kept": ("llama-tied", recipe(8, 32, keep=("embed",))),
+    "q, k and v in different formats": ("qwen2", recipe(4, 32, v=8)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quantized_weights(case: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    name, how = CASES[case]
+    quantize(tiny_checkpoint(name), tmp_path / "quantized", how)
+    builder.build(tmp_path / "quantized", tmp_path / "engine", arithmetic="float32")
+    whole, chunked = engine_logits(tmp_path / "engine")
+    expected = reference_logits(tmp_path / "quantized")
+    np.testing.assert_allclose(whole, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(chunked, expected, atol=1e-4, rtol=0)
+    # And the codes matter: the model it was made from says something else.
+    assert np.abs(reference_logits(tiny_checkpoint(name)) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_arithmetic_stays_near(bits: int, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    quantize(tiny_checkpoint("qwen2"), tmp_path / "quantized", recipe(bits, 32))
+    builder.build(tmp_path / "quantized", tmp_path / "engine", arithmetic="int8")
+    whole, _ = engine_logits(tmp_path / "engine")
+    expected = reference_logits(tmp_path / "quantized")
+    # Each input is rounded to 1/127 of its group's largest value, which moves these logits by 2.5 % of their spread.
+    assert 0 < np.abs(whole - expected).mean() < 0.04 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window"])
+def test_int8_cache(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox and the lazy dog " * 60, encoding="utf-8")
+    how = QuantRecipe(algorithm="none", kv_cache=KVCacheFormat())
+    quantize(tiny_checkpoint(name), tmp_path / "quantized", how, calibration=Calibration(path=text))
+    builder.build(tmp_path / "quantized", tmp_path / "engine")
+    whole, chunked = engine_logits(tmp_path / "engine")
+    expected = reference_logits(tmp_path / "quantized")
+    exact = reference_logits(tiny_checkpoint(name))
+    # A key within float error of the middle between two codes may fall to either side; the mean tells.
+    assert np.abs(chunked - expected).mean() < 0.05 * np.abs(exact - expected).mean()
+    assert np.abs(whole - exact).mean() < 3 * np.abs(exact - expected).mean()
+
+
+def engine_logits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of all tokens at once, and in chunks."""
+    runner = open_runner(folder, threads=1, max_sequences=2)
+    runner.claim(1, TOKENS)
+    (whole,) = runner.step([Chunk(1, 0, TOKENS, len(TOKENS))])
+    chunked = []
+    for begin, end in ((0, 7), (7, 8), (8, 40), (40, 60)):
+        (part,) = runner.step([Chunk(1, begin, TOKENS[begin:end], end - begin)])
+        chunked.append(part.copy())
+    runner.close()
+    return whole, np.concatenate(chunked)
+
+
+def reference_logits(folder: Path) -> np.ndarray:
+    with torch.no_grad():
+        return model.load(Checkpoint(folder))(torch.from_numpy(TOKENS)[None])[0].numpy()

@@ -32,16 +32,12 @@ def command(
 
     The engine runs on ONNX Runtime and holds everything a server needs: graph, weights, tokenizer, prompt template.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from llmc.builders import ort
+    from llmc.commands.progress import shown
     from llmc.commands.report import folder_size
 
-    console = Console(stderr=True)
     began = time.perf_counter()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("writing weights", total=None)
+    with shown() as progress:
         engine = ort.build(
             checkpoint,
             out,
@@ -49,7 +45,7 @@ def command(
             kv_cache=kv_cache,  # type: ignore[arg-type]
             arithmetic=arithmetic,  # type: ignore[arg-type]
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: progress("writing megabytes", done // 1_000_000, total // 1_000_000),
         )
     weights = ", ".join(f"{count} x {name}" for name, count in engine.weights.items())
     click.echo(f"{out}: {engine.spec.family} engine, {folder_size(out)}, {time.perf_counter() - began:.1f} s")

@@ -78,8 +78,12 @@ def _read_toml(text: str, path: Path) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[str, str | None]:
-    """Turn pydantic's first complaint into (sentence, dotted path of the field)."""
-    first = error.errors(include_url=False)[0]
+    """Turn one of pydantic's complaints into (sentence, dotted path of the field).
+
+    An unknown field goes first: when it is a misspelt one, that is why another is missing.
+    """
+    found = error.errors(include_url=False)
+    first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
     location = tuple(first["loc"])
     field = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":

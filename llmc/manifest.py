@@ -30,13 +30,14 @@ from llmc.errors import ConfigError, ManifestError, UserError
 
 NAME = "manifest.json"
 SCHEMA = 1
-Kind = Literal["run", "checkpoint", "engine"]
+Kind = Literal["run", "checkpoint", "engine", "export"]
 
 # What makes a folder of each kind, for the error that says where one comes from.
 MADE_BY = {
     "run": "llmc train",
     "checkpoint": "llmc convert or llmc quantize",
     "engine": "llmc build-engine",
+    "export": "llmc export",
 }
 
 
@@ -111,7 +112,7 @@ def read(folder: Path, kind: Kind | None = None) -> Manifest:
 
 
 def _article(kind: str | None) -> str:
-    return {"run": "a training run", "engine": "an engine"}.get(kind or "", f"a {kind}")
+    return {"run": "a training run", "engine": "an engine", "export": "an export"}.get(kind or "", f"a {kind}")
 
 
 def _other_schema(text: bytes, path: Path) -> ManifestError | None:
@@ -181,6 +182,19 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     return sealed
 
 
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that `creating` would refuse; for long work, which should not find out at its end.
+
+    Raises:
+        UserError: `target` exists and is not to be overwritten, or is something llmc did not make.
+    """
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        if not overwrite:
+            raise UserError(f"{target} exists already: choose another folder, or pass --overwrite")
+        if not (target / NAME).is_file():
+            raise UserError(f"{target} exists and was not made by llmc (it has no {NAME}): it will not be overwritten")
+
+
 @contextlib.contextmanager
 def creating(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `target` when the block ends well, and is removed otherwise.
@@ -191,11 +205,7 @@ def creating(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `target` exists and is not to be overwritten, or is something llmc did not make.
     """
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        if not overwrite:
-            raise UserError(f"{target} exists already: choose another folder, or pass --overwrite")
-        if not (target / NAME).is_file():
-            raise UserError(f"{target} exists and was not made by llmc (it has no {NAME}): it will not be overwritten")
+    check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:

@@ -75,6 +75,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         found = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has an unreadable safetensors header: {error!r}") from None
     for name, info in found.items():

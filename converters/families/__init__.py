@@ -1,0 +1,61 @@
+"""Model families, one file each: a file with a `FAMILY` in this folder is all that a new one needs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmc.config import explain
+from llmc.converters.reader import Reader
+from llmc.converters.rules import Family
+from llmc.errors import UnsupportedModelError
+from llmc.spec import ModelSpec
+
+
+@functools.cache
+def load_all() -> dict[str, Family]:
+    """Every family by its name."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules]
+    return {family.name: family for family in found}
+
+
+def by_name(name: str) -> Family:
+    """The family that a spec names.
+
+    Raises:
+        UnsupportedModelError: There is none, as after going back to an older llmc.
+    """
+    try:
+        return load_all()[name]
+    except KeyError:
+        raise UnsupportedModelError(
+            f"there is no model family '{name}' in this llmc; there are {', '.join(load_all())}"
+        ) from None
+
+
+def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSpec]:
+    """Find the family of a Hugging Face config, and read it.
+
+    Args:
+        where: The config's path, for errors.
+
+    Raises:
+        UnsupportedModelError: No family has its architecture, or the family does not support one of its settings.
+    """
+    met = config.get("architectures") or []
+    known = {architecture: family for family in load_all().values() for architecture in family.architectures}
+    family = next((known[name] for name in met if name in known), None) if isinstance(met, list) else None
+    if family is None:
+        raise UnsupportedModelError(
+            f"{where}: 'architectures' is {met!r}, which llmc does not support; it supports {', '.join(known)}"
+        )
+    try:
+        return family, family.read(Reader(config, str(where)))
+    except ValidationError as error:
+        raise UnsupportedModelError(f"{where}: {explain(error, ModelSpec)[0]}") from None

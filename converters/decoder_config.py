@@ -1,0 +1,139 @@
+"""The config that LLaMA introduced and its relatives share: read into a spec, and written from one.
+
+What differs between the relatives comes as arguments: defaults of settings that may be missing, and switches that
+the family has and others lack.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.converters.reader import HARMLESS, Reader
+from llmc.converters.rope_config import read_rope, write_rope
+from llmc.errors import UnsupportedModelError
+from llmc.spec import Attention, Mlp, ModelSpec, Norm
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def read_decoder(
+    reader: Reader,
+    family: str,
+    *,
+    num_kv_heads: int | None,
+    max_positions: int,
+    head_dim: int | None = None,
+    window: tuple[int | None, tuple[int, ...]] = (None, ()),
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+) -> ModelSpec:
+    """Read what is common, take the rest from the arguments, and refuse what is left over.
+
+    Args:
+        num_kv_heads: When the config does not say; None means as many as `num_attention_heads`.
+        max_positions: When the config does not say.
+        head_dim: When the config does not say; None means hidden size over heads.
+        window: The sliding window and the layers that see all in spite of it.
+
+    Raises:
+        UnsupportedModelError: A setting is missing, misspelt, of the wrong type or of an unsupported value.
+    """
+    hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    position, reach = read_rope(reader, reader.integer("max_position_embeddings", max_positions))
+    activation = reader.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(f"{reader.where}: 'hidden_act' is {activation!r}; llmc supports 'silu' alone")
+    reader.only("rope_interleaved", False, "the head's halves form the pairs")
+    reader.only("use_mrope", False, "positions are one number")
+    reader.only("is_encoder_decoder", False, "there is no encoder")
+    reader.only("add_cross_attention", False, "there is no encoder")
+    spec = ModelSpec(
+        family=family,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=reader.integer("num_hidden_layers"),
+        max_positions=reach,
+        norm=Norm(eps=reader.number("rms_norm_eps", 1e-6)),
+        position=position,
+        attention=Attention(
+            num_heads=num_heads,
+            num_kv_heads=reader.integer("num_key_value_heads", num_kv_heads or num_heads),
+            head_dim=reader.integer("head_dim", head_dim or hidden_size // num_heads),
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            window=window[0],
+            full_layers=window[1],
+        ),
+        mlp=Mlp(intermediate_size=reader.integer("intermediate_size"), bias=mlp_bias),
+        tied=reader.flag("tie_word_embeddings"),
+    )
+    reader.done(HARMLESS)
+    return spec
+
+
+def read_layer_windows(reader: Reader) -> tuple[int | None, tuple[int, ...]]:
+    """Qwen's sliding window: none unless `use_sliding_window`, and none in the first `max_window_layers` layers.
+
+    transformers 5 spells the layers out in `layer_types`, which then decides.
+
+    Returns:
+        The window, and the layers that see all in spite of it.
+    """
+    num_layers = reader.integer("num_hidden_layers")
+    used, window = reader.flag("use_sliding_window"), reader.window("sliding_window", 4096)
+    first = reader.integer("max_window_layers", 28)
+    types = reader.texts("layer_types")
+    window = window if used else None
+    if types is None:
+        types = tuple(SLIDING if window and layer >= first else FULL for layer in range(num_layers))
+    if len(types) != num_layers or set(types) - {SLIDING, FULL}:
+        raise UnsupportedModelError(
+            f"{reader.where}: 'layer_types' is {list(types)}; expected {SLIDING!r} or {FULL!r} for each of "
+            f"{num_layers} layers"
+        )
+    if SLIDING not in types:
+        return None, ()
+    if window is None:
+        raise UnsupportedModelError(
+            f"{reader.where}: 'layer_types' has {SLIDING!r}, but 'use_sliding_window' and 'sliding_window' give none"
+        )
+    return window, tuple(layer for layer, kind in enumerate(types) if kind == FULL)
+
+
+def write_layer_windows(spec: ModelSpec) -> dict[str, Any]:
+    """The inverse of `read_layer_windows`, in both spellings where the older one can say it."""
+    full = [spec.window(layer) is None for layer in range(spec.num_layers)]
+    return {
+        "use_sliding_window": spec.attention.window is not None,
+        "sliding_window": spec.attention.window,
+        "max_window_layers": [*full, False].index(False),
+        "layer_types": [FULL if is_full else SLIDING for is_full in full],
+    }
+
+
+def write_decoder(spec: ModelSpec, architecture: str, **settings: Any) -> dict[str, Any]:
+    """A config from which `read_decoder` makes this spec.
+
+    Args:
+        architecture: transformers' class; its `model_type` is the spec's family.
+        settings: What this family has and others lack.
+    """
+    return {
+        "architectures": [architecture],
+        "model_type": spec.family,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.mlp.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.attention.num_heads,
+        "num_key_value_heads": spec.attention.num_kv_heads,
+        "head_dim": spec.attention.head_dim,
+        "hidden_act": spec.mlp.activation,
+        "rms_norm_eps": spec.norm.eps,
+        "tie_word_embeddings": spec.tied,
+        **write_rope(spec),
+        **settings,
+    }

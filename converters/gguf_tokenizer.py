@@ -1,0 +1,292 @@
+"""The tokenizer in a GGUF file's metadata, as the files of a Hugging Face tokenizer.
+
+Two kinds exist for the families that llmc has: "gpt2", byte-level BPE with its merges, cut into words beforehand by
+the expression that `tokenizer.ggml.pre` names; and "llama", SentencePiece BPE, whose merges are found from the scores
+of its tokens. What a token is comes from its type in the file:
+
+    normal, byte        a piece of text                  user defined    added, found in text before all else
+    control, unknown    added, special: not text         unused          nothing, at the end of the vocabulary
+
+The expressions are those of the authors' own tokenizer.json. GGUF does not say whether an added token is special:
+llama.cpp marks all that look like `<|...|>` as control, and so they are special here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from llmc.errors import CheckpointError, UnsupportedModelError
+from llmc.log import logger
+
+_KEY = "tokenizer.ggml."
+_SPACE = "\u2581"  # SentencePiece's visible space
+
+# Tokens that end a turn or a text, whatever else a file says of them. The file names one; chat models have several.
+_ENDS = frozenset(
+    ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>")
+)
+
+
+class TokenType(IntEnum):
+    """`tokenizer.ggml.token_type` (llama.cpp, llama.h, llama_token_type)."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class _PreTokenizer:
+    """How byte-level BPE cuts text into words.
+
+    Attributes:
+        pattern: Of a word; None is GPT-2's, which the tokenizers package has built in.
+        digits: Every digit is a word, before all else.
+        nfc: Text is brought into Unicode's normal form C first.
+        whole_words: A word that is a token is taken as it is, whatever the merges say.
+        add_bos: Texts begin with the begin-of-text token unless the file says otherwise.
+    """
+
+    pattern: str | None = None
+    digits: bool = False
+    nfc: bool = False
+    whole_words: bool = False
+    add_bos: bool = False
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+_GPT2 = _PreTokenizer()
+_LLAMA3 = _PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}{1,3}|" + _TAIL, whole_words=True, add_bos=True)
+_SMOLLM = _PreTokenizer(digits=True)
+_TEKKEN = _PreTokenizer(
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    whole_words=True,
+    add_bos=True,
+)
+
+PRE_TOKENIZERS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": _PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}|" + _TAIL, nfc=True),
+    "smollm": _SMOLLM,
+    "starcoder": _SMOLLM,
+    "tekken": _TEKKEN,
+}
+
+
+def write(metadata: Mapping[str, Any], folder: Path, *, where: object) -> None:
+    """Write tokenizer.json, tokenizer_config.json, generation_config.json and the chat template.
+
+    Args:
+        metadata: Of the GGUF file.
+        where: The file, for errors.
+
+    Raises:
+        UnsupportedModelError: A kind of tokenizer, or a way of cutting words, that llmc does not know.
+        CheckpointError: The vocabulary is missing or contradicts itself.
+    """
+    tokens, types = _vocabulary(metadata, where)
+    named = {name: _token_of(metadata, key, tokens, where) for name, key in _NAMED.items()}
+    build(metadata, where=where).save(str(folder / "tokenizer.json"))
+    _write_companions(metadata, folder, tokens, types, named)
+
+
+def build(metadata: Mapping[str, Any], *, where: object) -> Tokenizer:
+    """The tokenizer itself; see `write`."""
+    kind = metadata.get(_KEY + "model")
+    if kind not in _BUILDERS:
+        raise UnsupportedModelError(f"{where}: the tokenizer is {kind!r}; llmc supports {', '.join(_BUILDERS)}")
+    tokens, types = _vocabulary(metadata, where)
+    try:
+        tokenizer, adds_bos = _BUILDERS[kind](metadata, tokens, types, where)
+        added = [
+            AddedToken(token, special=token_type != TokenType.USER_DEFINED, normalized=False)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+        ]
+        tokenizer.add_tokens(added)
+    except (CheckpointError, UnsupportedModelError):
+        raise
+    except Exception as error:
+        # The tokenizers package raises plain Exception, for merges of tokens that do not exist, say.
+        raise CheckpointError(f"{where}: the tokenizer contradicts itself: {error}") from None
+    first, last = (_token_of(metadata, key, tokens, where) for key in ("bos_token_id", "eos_token_id"))
+    has_first = metadata.get(_KEY + "add_bos_token", adds_bos)
+    has_last = metadata.get(_KEY + "add_eos_token", False)
+    tokenizer.post_processor = _around(tokenizer, first if has_first else None, last if has_last else None)
+    return tokenizer
+
+
+# Name in tokenizer_config.json -> key in the metadata.
+_NAMED = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def _vocabulary(metadata: Mapping[str, Any], where: object) -> tuple[list[str], list[int]]:
+    """Tokens and their types, without unused ones at the end: they only fill up the embedding."""
+    tokens = metadata.get(_KEY + "tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise CheckpointError(f"{where} has no {_KEY}tokens")
+    types = metadata.get(_KEY + "token_type", [TokenType.NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise CheckpointError(f"{where}: {_KEY}token_type does not have one type for each of {len(tokens)} tokens")
+    count = len(tokens)
+    while count and types[count - 1] == TokenType.UNUSED:
+        count -= 1
+    if len(set(tokens[:count])) != count:
+        raise CheckpointError(f"{where}: {_KEY}tokens holds a token twice")
+    return tokens[:count], types[:count]
+
+
+def _token_of(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], where: object) -> str | None:
+    number = metadata.get(_KEY + key)
+    if number is None:
+        return None
+    if not isinstance(number, int) or not 0 <= number < len(tokens):
+        raise CheckpointError(f"{where}: {_KEY}{key} is {number!r}, and there are {len(tokens)} tokens")
+    return tokens[number]
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: Sequence[str], _types: Sequence[int], where: object
+) -> tuple[Tokenizer, bool]:
+    """GPT-2's kind. Returns the tokenizer, and whether texts begin with the begin-of-text token by default."""
+    name = metadata.get(_KEY + "pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"{where}: {_KEY}pre is {name!r}; llmc knows {', '.join(PRE_TOKENIZERS)}. "
+            "Take the model's Hugging Face folder, which has its own tokenizer"
+        )
+    if name == "default":
+        logger.warning("%s does not say how its tokenizer cuts words; GPT-2's way is taken", where)
+    pre = PRE_TOKENIZERS[name]
+    merges = [_pair(merge, where) for merge in metadata.get(_KEY + "merges", [])]
+    model = models.BPE(_numbered(tokens), merges, ignore_merges=pre.whole_words)
+    tokenizer = Tokenizer(model)
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
+    if pre.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, pre.add_bos
+
+
+def _numbered(tokens: Sequence[str]) -> dict[str, int]:
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _pair(merge: str, where: object) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    if not left or not right or " " in right:
+        raise CheckpointError(f"{where}: {_KEY}merges holds {merge!r}, which is not two tokens")
+    return left, right
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: object
+) -> tuple[Tokenizer, bool]:
+    """LLaMA 1 and 2's kind: unknown characters become bytes, spaces are visible, a space begins every text."""
+    scores = metadata.get(_KEY + "scores")
+    if not isinstance(scores, list) or len(scores) < len(tokens):
+        raise CheckpointError(f"{where}: {_KEY}scores does not have one score for each of {len(tokens)} tokens")
+    pieces = {
+        token: score
+        for token, score, token_type in zip(tokens, scores, types, strict=False)
+        if token_type in (TokenType.NORMAL, TokenType.UNUSED)
+    }
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN), None)
+    model = models.BPE(_numbered(tokens), merges_of(pieces), byte_fallback=True, fuse_unk=True, unk_token=unknown)
+    tokenizer = Tokenizer(model)
+    has_prefix = metadata.get(_KEY + "add_space_prefix", True)
+    visible = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), visible]) if has_prefix else visible
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if has_prefix else steps)
+    return tokenizer, True
+
+
+def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges by which BPE makes SentencePiece's pieces, the best piece first.
+
+    SentencePiece joins the two neighbours whose joint piece has the best score; so every cut of a piece into two
+    pieces is a merge of its rank. Among cuts of the same piece the longer left part goes first.
+    """
+    found = []
+    for piece, score in pieces.items():
+        cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        found += [(-score, -len(left), left, right) for left, right in cuts if left in pieces and right in pieces]
+    # The sort is stable and the key stops before the texts: pieces of one score stay in the vocabulary's order.
+    found.sort(key=lambda item: item[:2])
+    return [(left, right) for _, _, left, right in found]
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def _around(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
+    """The post-processor: what stands before and after a whole text."""
+    if not first and not last:
+        return processors.ByteLevel(trim_offsets=False)
+    before, after = [first] if first else [], [last] if last else []
+    specials = {token: tokenizer.token_to_id(token) for token in before + after}
+    return processors.TemplateProcessing(
+        single=[*before, "$A:0", *after],
+        pair=[*before, "$A:0", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
+        special_tokens=list(specials.items()),
+    )
+
+
+def _write_companions(
+    metadata: Mapping[str, Any],
+    folder: Path,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    named: Mapping[str, str | None],
+) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "clean_up_tokenization_spaces": False}
+    _write_json(folder / "tokenizer_config.json", config)
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    stated = [metadata.get(_KEY + key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    ends = [number for number in stated if isinstance(number, int) and 0 <= number < len(tokens)]
+    ends += [
+        number
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == TokenType.CONTROL and token in _ENDS
+    ]
+    ids = {
+        "bos_token_id": metadata.get(_KEY + "bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(ends)) or None,
+        "pad_token_id": metadata.get(_KEY + "padding_token_id"),
+    }
+    _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

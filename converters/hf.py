@@ -1,0 +1,190 @@
+"""Hugging Face folders: into a canonical checkpoint, and back.
+
+    config.json                      -> spec.json, and as it is in source/
+    model.safetensors (or shards)    -> model.safetensors under canonical names
+    tokenizer.json ...               -> the same
+
+Knows: the files of such a folder. Does not know: any family (converters/families), nor how a tensor is renamed
+(converters/rules.py). One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc import checkpoint, tensors
+from llmc import manifest as manifests
+from llmc.checkpoint import SOURCE, Checkpoint
+from llmc.converters import cast, families, hf_tokenizer, pickled
+from llmc.converters.rules import Family, Progress, Tensors, from_canonical, source_names, to_canonical
+from llmc.errors import CheckpointError, UserError
+from llmc.log import logger
+from llmc.manifest import Manifest, Parent
+from llmc.spec import ModelSpec
+from llmc.tensors import TensorInfo
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Make a canonical checkpoint of a Hugging Face folder, or of the model in a training run's folder.
+
+    Args:
+        dtype: "keep" leaves each tensor in the type that it has; else "float32", "float16" or "bfloat16" for all.
+
+    Raises:
+        UserError: `out` exists, or `dtype` is not a type.
+        UnsupportedModelError: The architecture or a setting of it is not supported.
+        CheckpointError: A file or tensor is missing, unknown, misshapen or damaged.
+    """
+    target = cast.target_dtype(dtype)
+    folder, parent = _locate(source)
+    config = read_json(folder / CONFIG)
+    family, spec = families.read_spec(config, folder / CONFIG)
+    infos, has_pickles = _read_weights(folder)
+    stored = cast.on_disk(infos, target)
+    spec = _untie_if_different(family, spec, infos)
+    dropped = family.dropped + ((_head(family, spec),) if spec.tied else ())
+    canonical = to_canonical(family.rules, spec, stored, dropped=dropped, where=folder)
+    with manifests.creating(out, overwrite=overwrite) as work:
+        checkpoint.write(work, spec, canonical.infos, canonical.watched("convert", progress))
+        hf_tokenizer.copy(folder, work, config)
+        (work / SOURCE).mkdir()
+        for name in (CONFIG, GENERATION):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, work / SOURCE / name)
+        tools = manifests.tools(*(["torch"] if has_pickles else []))
+        settings = {"dtype": dtype}
+        manifests.seal(work, Manifest(kind="checkpoint", tools=tools, settings=settings, parents=(parent,)))
+    return Checkpoint(out)
+
+
+def _locate(source: Path) -> tuple[Path, Parent]:
+    """The Hugging Face folder that `source` means, and how a child names its parent."""
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder: expected a Hugging Face model, a training run, or a .gguf file")
+    folder = source
+    if (source / manifests.NAME).is_file():
+        manifest = manifests.read(source)
+        if manifest.kind not in ("run", "export"):
+            raise UserError(f"{source} is the output of {manifests.MADE_BY[manifest.kind]}, and needs no converting")
+        manifests.verify(source, manifest)
+        folder = source / "model" if manifest.kind == "run" else source
+        return folder, manifests.parent(source)
+    if not (folder / CONFIG).is_file():
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder} has no {CONFIG}, so it is not a Hugging Face model (it holds {inside})")
+    sha256 = manifests.sha256_of(folder / CONFIG)
+    return folder, Parent(kind="hf", sha256=sha256, name=folder.resolve().name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: It is missing, or is not one.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, TensorInfo], bool]:
+    """All tensors, and whether they are in pickles; safetensors are preferred where a folder has both."""
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return tensors.read_folder(folder), False
+    if (folder / pickled.SINGLE).is_file() or (folder / pickled.INDEX).is_file():
+        return pickled.read_folder(folder), True
+    raise CheckpointError(f"{folder} has no weights: expected {WEIGHTS}, {INDEX}, {pickled.SINGLE} or {pickled.INDEX}")
+
+
+def _head(family: Family, spec: ModelSpec) -> str:
+    """The source's name of the head, which a tied model may hold as well."""
+    return source_names(family.rules, spec.model_copy(update={"tied": False}))["head.weight"]
+
+
+def _untie_if_different(family: Family, spec: ModelSpec, infos: dict[str, TensorInfo]) -> ModelSpec:
+    """A model that says it is tied, and holds a head that is not the embedding, is not tied.
+
+    transformers decides so as well (modeling_utils.py, tie_weights).
+    """
+    if not spec.tied or _head(family, spec) not in infos:
+        return spec
+    head, embedding = infos[_head(family, spec)], infos.get(source_names(family.rules, spec)["embed.weight"])
+    if embedding is None or _are_equal(head, embedding):
+        return spec
+    logger.warning("the config says that head and embedding are tied, but they differ: kept apart")
+    return spec.model_copy(update={"tied": False})
+
+
+def _are_equal(left: TensorInfo, right: TensorInfo) -> bool:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    pairs = zip(cast.blocks(left), cast.blocks(right), strict=True)
+    return all(
+        np.array_equal(tensors.read_tensor(a).view(np.uint8), tensors.read_tensor(b).view(np.uint8)) for a, b in pairs
+    )
+
+
+def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Manifest:
+    """Write a checkpoint as a Hugging Face folder, the tensors bit-equal to what it was converted from.
+
+    The config is the authors' own where the checkpoint has it (source/config.json), else one written from the spec.
+
+    Raises:
+        ManifestError: `folder` is not a checkpoint.
+        UserError: It is quantized, or `out` exists.
+    """
+    found = Checkpoint(folder)
+    if found.recipe is not None:
+        names = ", ".join(parent.name for parent in found.manifest.parents) or "its parent"
+        raise UserError(
+            f"{folder} is quantized ({found.recipe.algorithm}), and Hugging Face's format has no place for that: "
+            f"export the checkpoint that it was made from ({names}): llmc export {names} {out}"
+        )
+    family = families.by_name(found.spec.family)
+    theirs = from_canonical(family.rules, found.spec, Tensors(found.infos, found.__getitem__))
+    with manifests.creating(out, overwrite=overwrite) as work:
+        load = theirs.watched("export", progress)
+        values = ((name, load(name)) for name in theirs.infos)
+        tensors.write_sharded(work, theirs.infos, values, max_bytes=checkpoint.SHARD_BYTES)
+        checkpoint.copy_tokenizer(folder, work)
+        _write_config(found, family, work)
+        parents = (manifests.parent(folder),)
+        return manifests.seal(work, Manifest(kind="export", tools=manifests.tools(), parents=parents))
+
+
+def _write_config(found: Checkpoint, family: Family, work: Path) -> None:
+    source, dtype = found.folder / SOURCE, str(found.infos["embed.weight"].dtype)
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, work / GENERATION)
+    if not (source / CONFIG).is_file():
+        config = family.write(found.spec) | {"dtype": dtype, "torch_dtype": dtype}
+        generation = read_json(work / GENERATION) if (work / GENERATION).is_file() else {}
+        # Written even when null: transformers has ids of its own for some families when they are absent.
+        config |= {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}
+        (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    elif found.manifest.settings.get("dtype", "keep") == "keep":
+        shutil.copyfile(source / CONFIG, work / CONFIG)
+    else:
+        # The type was changed on purpose; transformers loads in the type that the config names.
+        config = read_json(source / CONFIG)
+        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype}
+        (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

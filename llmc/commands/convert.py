@@ -1,0 +1,41 @@
+"""`llmc convert SOURCE OUT`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
+    default="keep",
+    show_default=True,
+    help="Type of all tensors; keep leaves each in its own (and gives float32 for GGUF's quantized ones).",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+def command(source: Path, out: Path, dtype: str, overwrite: bool) -> None:
+    """Make the checkpoint OUT of SOURCE: a Hugging Face folder, a .gguf file, or the folder of a training run."""
+    from llmc.commands.progress import shown
+    from llmc.commands.report import folder_size
+    from llmc.converters.convert import convert
+    from llmc.tokenizer import Tokenizer
+
+    began = time.perf_counter()
+    with shown() as progress:
+        made = convert(source, out, dtype=dtype, overwrite=overwrite, progress=progress)
+
+    sizes = [info.shape for info in made.infos.values()]
+    parameters = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in sizes)
+    has_tokenizer = (out / "tokenizer.json").is_file()
+    click.echo(f"{out}: {folder_size(out)}, {time.perf_counter() - began:.1f} s")
+    click.echo(f"  family      {made.spec.family}, {made.spec.num_layers} layers, {made.spec.max_positions} positions")
+    click.echo(f"  parameters  {parameters / 1e6:,.1f} M in {len(sizes)} tensors")
+    click.echo(f"  types       {', '.join(sorted({str(info.dtype) for info in made.infos.values()}))}")
+    click.echo(f"  tokenizer   {f'{Tokenizer.load(out).vocab_size:,} tokens' if has_tokenizer else 'none'}")
+    click.echo(f"next: llmc quantize {out} OUT    (or: llmc build-engine {out} ENGINE)")

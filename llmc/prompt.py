@@ -1,0 +1,153 @@
+"""The one prompt builder, that trainer, scorer and server share: from messages to text, and from text to tokens.
+
+A chat template is a Jinja program that came with the model, from whoever made it: it is rendered in Jinja's sandbox,
+with the same settings, functions and extensions as transformers gives it, so that its text is the same.
+
+Knows: templates and special tokens. Does not know: HTTP bodies, models.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmc.errors import UserError
+from llmc.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+def completion_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a plain text, with what the tokenizer puts in front (Llama's begin-of-text token)."""
+    return tokenizer.encode(text, add_special_tokens=True)
+
+
+def chat_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> list[int]:
+    """Tokens of a conversation; see `chat_text`. The template writes the special tokens, so none are added."""
+    text = chat_text(tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def chat_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """Render a conversation with the model's own template.
+
+    Args:
+        messages: Each with "role" and "content"; a content of several text parts is joined.
+        tools: Functions the model may call, as JSON schemas, for templates that know them.
+        add_generation_prompt: End with what comes before an assistant's answer.
+        variables: More names for the template ("enable_thinking").
+
+    Raises:
+        UserError: The model has no template, or its template refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "this model has no chat template, so it cannot be asked with messages: "
+            "give the whole prompt as text instead (POST /v1/completions, or llmc generate --prompt)",
+            param="messages",
+        )
+    special = {
+        name: value
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if (value := getattr(tokenizer, name)) is not None
+    }
+    given = {
+        **special,
+        **variables,
+        "messages": [_plain(message) for message in messages],
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+        return _compiled(tokenizer.chat_template).render(given)
+    except _Refusal as error:
+        raise UserError(f"the model's chat template refuses this conversation: {error}", param="messages") from None
+    except Exception as error:
+        # A template is a program of somebody else's: it can fail in any way that Python code can.
+        raise UserError(
+            f"the model's chat template cannot render this conversation: {type(error).__name__}: {error}",
+            param="messages",
+        ) from None
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """The message with its content as one string."""
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        return dict(message)
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(f"a message's content may have parts of type 'text', not {kind!r}", param="messages")
+        texts.append(part["text"])
+    return {**message, "content": "".join(texts)}
+
+
+class _Refusal(jinja2.TemplateError):
+    """What a template raises by itself, with its own words for the user."""
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's words for training masks: only its body counts."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """See Extension."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+def _raise(message: str) -> None:
+    raise _Refusal(message)
+
+
+def _strftime_now(format: str) -> str:  # noqa: A002
+    return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML, which a model was not trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,69 @@
+"""Scales of an int8 KV cache, from what the reference decoder puts into its cache while it reads a text.
+
+    value = code * scale, one scale a channel, codes -127 to 127
+
+The scale of a value channel follows from its largest magnitude. A key channel is one of a pair that the rotary
+embedding turns by an angle that grows with the position: over a long context each of the two reaches the length of
+the pair, however short the calibration windows were. So both take their scale from the largest length of the pair;
+a maximum per channel would clip keys at positions that were never calibrated.
+
+Knows: caches and maxima. Does not know: where scales are stored, or which kernel uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmc.model import Decoder, KVCache
+from llmc.quant.pack import Floats
+from llmc.runtime import Tokens
+
+HIGHEST_CODE = 127
+
+
+class _Watcher(KVCache):
+    """Keeps no keys and values, only each channel's largest magnitude: layer -> [kv_heads, head_dim]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k: dict[int, Tensor] = {}
+        self.v: dict[int, Tensor] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = k.chunk(2, dim=-1)
+        pairs = torch.hypot(first, second)
+        for seen, values in ((self.k, torch.cat((pairs, pairs), dim=-1)), (self.v, v.abs())):
+            largest = values.amax(dim=(0, 2))
+            seen[layer] = torch.maximum(seen.get(layer, largest), largest)
+        return k, v
+
+
+def kv_scales(
+    decoder: Decoder, windows: Sequence[Tokens], progress: Callable[[int, int], None] | None = None
+) -> dict[str, Floats]:
+    """Calibrate.
+
+    Args:
+        windows: int64 [tokens] each.
+        progress: Called after each window with (windows done, windows).
+
+    Returns:
+        `layers.N.attn.k_scale` and `.v_scale`, float32 [kv_size].
+    """
+    watcher = _Watcher()
+    with torch.inference_mode():
+        for done, window in enumerate(windows):
+            decoder.hidden(torch.from_numpy(window)[None], cache=watcher)
+            if progress:
+                progress(done + 1, len(windows))
+    found: dict[str, Floats] = {}
+    for name, seen in (("k", watcher.k), ("v", watcher.v)):
+        for layer, largest in seen.items():
+            scale = (largest.flatten() / HIGHEST_CODE).numpy()
+            # A channel that is always zero has any scale: one keeps divisions finite.
+            found[f"layers.{layer}.attn.{name}_scale"] = np.where(scale > 0, scale, np.float32(1))
+    return found

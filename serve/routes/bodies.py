@@ -1,0 +1,190 @@
+"""Request bodies: OpenAI's fields, vLLM's extensions, and what of OpenAI's API this server cannot do.
+
+Sampling fields are those of llmc/serve/request.py, under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from llmc.config import Strict
+from llmc.serve.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
+
+MAX_PROMPTS = 1024
+
+# Change nothing in an answer: for accounting, caching and scheduling elsewhere.
+IGNORED = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    | {"prediction", "parallel_tool_calls"}
+)
+# Would change the answer; each with the values that ask for nothing.
+REFUSED_BY_CHAT: Mapping[str, Collection[Any]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "moderation": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": (),
+    "prompt": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+}
+REFUSED_BY_COMPLETIONS: Mapping[str, Collection[Any]] = {
+    "suffix": ("",),
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "messages": (),
+    "tools": ([],),
+}
+
+Count = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class StreamOptions(Strict):
+    """What a stream brings beside text.
+
+    Attributes:
+        include_usage: A last chunk with the counts of tokens.
+        include_obfuscation: OpenAI's padding against eavesdroppers; not done here.
+    """
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Body(Sampling):
+    """What both endpoints take beside the sampling fields."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Body:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream: true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling fields alone."""
+        return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
+
+
+def _prompts(value: Any) -> Any:
+    """A string, tokens, or a list of these -> a list."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
+    return [value] if isinstance(value[0], int) else value
+
+
+class CompletionBody(Body):
+    """POST /v1/completions. OpenAI's default of 16 tokens holds."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), Field(max_length=MAX_PROMPTS)]
+    max_tokens: Count = 16
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    def request(self, ids: list[int]) -> Request:
+        """What the engine is asked for one of the prompts."""
+        return Request(
+            tuple(ids),
+            self.sampling,
+            self.max_tokens,
+            self.n,
+            self.logprobs,
+            prompt_logprobs=self.echo and self.logprobs is not None,
+        )
+
+
+class Part(Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn. What an answer of this API holds may be sent back as it is."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is required")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As templates expect it: no absent keys, `system` for its newer name, arguments of calls as objects."""
+        values = self.model_dump(exclude_none=True)
+        values["role"] = {"developer": "system"}.get(self.role, self.role)
+        values["tool_calls"] = [_with_arguments(call) for call in self.tool_calls or ()]
+        return values if values["tool_calls"] else {key: values[key] for key in values if key != "tool_calls"}
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    import pydantic_core
+
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            return {**call, "function": {**function, "arguments": pydantic_core.from_json(function["arguments"])}}
+        except ValueError:
+            return call
+    return call
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs: true")
+        if taken := {"messages", "tools", "documents", "add_generation_prompt", "tokenizer"} & {
+            *self.chat_template_kwargs
+        }:
+            raise ValueError(f"chat_template_kwargs may not set {', '.join(sorted(taken))}")
+        return self
+
+    def request(self, ids: list[int]) -> Request:
+        """What the engine is asked."""
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return Request(tuple(ids), self.sampling, most, self.n, (self.top_logprobs or 0) if self.logprobs else None)

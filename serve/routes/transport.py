@@ -1,0 +1,183 @@
+"""Between HTTP and the engine: bodies in, events out, and clients that go away.
+
+A server notices a vanished client only when it writes, which it does not while a request is queued or a long prompt is
+read. So the client's socket is looked at: after each step's events, and every PROBE_SECONDS without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar
+
+import pydantic_core
+from flask import Response, request
+from pydantic import BaseModel
+
+from llmc.config import parse
+from llmc.errors import LlmcError, UserError
+from llmc.log import logger
+from llmc.serve.handle import Event, Handle
+from llmc.serve.routes.errors import MediaTypeError
+from llmc.serve.service import Service
+
+PROBE_SECONDS = 0.1
+# A client that takes nothing for so long is given up.
+WRITE_SECONDS = 30
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class ClientGone(Exception):  # noqa: N818
+    """Nobody waits for the answer any more."""
+
+
+def read_body(model: type[Body], *, refused: Mapping[str, Collection[Any]], ignored: Collection[str]) -> Body:
+    """The request's JSON body. A null means the same as an absent field.
+
+    Args:
+        refused: Fields of OpenAI's API that would change the answer and are not supported, each with the values that
+            ask for nothing.
+        ignored: Fields that change nothing in an answer.
+
+    Raises:
+        UserError: Saying what is wrong with it, and where.
+    """
+    if request.mimetype != "application/json" or request.content_encoding:
+        met = request.content_encoding or request.mimetype or "nothing"
+        raise MediaTypeError(f"the body must be sent as 'Content-Type: application/json', met {met}")
+    try:
+        text = request.get_data(cache=False)
+    except OSError:
+        raise UserError("the body did not arrive") from None
+    try:
+        values = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise UserError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the body must be a JSON object, not {_json_type(values)}")
+    values = {name: value for name, value in values.items() if value is not None and name not in ignored}
+    for name, nothing in refused.items():
+        if name in values and values.pop(name) not in nothing:
+            raise UserError(f"'{name}' is not supported by this server", param=name)
+    return parse(model, values, where="request body")
+
+
+def _json_type(value: object) -> str:
+    return {list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+
+
+def client_gone() -> Callable[[], bool]:
+    """A function that says whether this request's client has closed its connection.
+
+    A client that shuts down only its sending half looks the same. Servers that give no way to tell never say so.
+    """
+    sock = request.environ.get("gunicorn.socket")
+    if isinstance(sock, socket.socket):
+        return lambda: _closed(sock)
+    probe: Callable[[], bool] | None = request.environ.get("waitress.client_disconnected")
+    return probe or (lambda: False)
+
+
+def _closed(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def follow(handle: Handle, gone: Callable[[], bool], keep_alive: float = float("inf")) -> Iterator[list[Event]]:
+    """The events of a handle, as many at a time as there are; gives it up when the client goes away.
+
+    Yields:
+        Events, or nothing when a keep-alive is due.
+
+    Raises:
+        ClientGone: The client closed its connection.
+    """
+    quiet_since = time.monotonic()
+    try:
+        while not handle.done:
+            events = handle.take(PROBE_SECONDS)
+            if gone():
+                raise ClientGone
+            now = time.monotonic()
+            if events or now - quiet_since >= keep_alive:
+                quiet_since = now
+                yield events
+    finally:
+        if not handle.done:
+            handle.cancel()
+
+
+def wait(handle: Handle, gone: Callable[[], bool]) -> Iterator[Event]:
+    """Every event of a request that is answered in one piece.
+
+    Raises:
+        LlmcError: The request failed.
+        ClientGone: See `follow`.
+    """
+    for events in follow(handle, gone):
+        for event in events:
+            if event.error is not None:
+                raise event.error
+            yield event
+
+
+def stream(
+    service: Service,
+    handle: Handle,
+    encode: Callable[[list[Event]], bytes],
+    *,
+    mimetype: str,
+    keep_alive: bytes,
+    failed: Callable[[LlmcError], bytes],
+    end: Callable[[], bytes],
+) -> Response:
+    """A response that is written while the engine works.
+
+    Args:
+        encode: Some events as bytes.
+        keep_alive: Sent when there was nothing for long.
+        failed: What a client is told when the engine fails; the stream ends with it.
+        end: The last bytes.
+    """
+    gone = client_gone()
+    _limit_writes()
+
+    def pieces() -> Iterator[bytes]:
+        with contextlib.suppress(ClientGone):
+            for events in follow(handle, gone, service.keep_alive):
+                error = next((event.error for event in events if event.error is not None), None)
+                if error is not None:
+                    handle.cancel()
+                    yield encode([event for event in events if event.error is None]) + failed(error)
+                    return
+                if piece := encode(events) if events else keep_alive:
+                    yield piece
+            yield end()
+
+    response = Response(pieces(), mimetype=mimetype)
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    # A generator that was never started is not closed.
+    response.call_on_close(handle.cancel)
+    return response
+
+
+def _limit_writes() -> None:
+    sock = request.environ.get("gunicorn.socket")
+    if isinstance(sock, socket.socket):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", WRITE_SECONDS, 0))
+
+
+def abandoned() -> Response:
+    """The answer to nobody: the status is nginx's, for its log."""
+    logger.info("%s: the client went away", request.path)
+    return Response(status=499)

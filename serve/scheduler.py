@@ -1,0 +1,218 @@
+"""Which tokens of which sequences are computed in the next step.
+
+Every step has one budget of tokens. A sequence's computed tokens chase its tokens: a prompt's chunk is many tokens, a
+decoding sequence's is one, and nothing else tells the two apart. In this order the budget is spent on
+
+    1. running sequences that lack one token: they are decoding, and their readers are waiting for the next one,
+    2. running sequences that lack more: prompts cut into chunks,
+    3. waiting sequences, first come first served: nobody overtakes the first in the queue.
+
+The cache is never asked to hold more than it can. When the running sequences outgrow it, the youngest gives up its
+place and goes back to the front of the queue with its tokens, to be computed again: the oldest always goes on, so
+every sequence ends.
+
+Knows: counts of tokens. Does not know: tokens' values, models, text, threads or time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from llmc.errors import OverloadedError, UserError
+from llmc.serve.request import FinishReason
+from llmc.serve.sequence import Sequence, State
+
+# A newcomer must leave each sequence room for this many more tokens, or it would be preempted at once.
+HEADROOM = 16
+
+S = TypeVar("S", bound=Sequence)
+Claimed = TypeVar("Claimed", bound=Sequence, contravariant=True)
+
+
+class ContextLengthError(UserError):
+    """A request that is longer than any sequence may be."""
+
+
+class Work(NamedTuple, Generic[S]):
+    """Tokens `start` to `start + length` of a sequence are to be computed; of the last `logits`, the logits too."""
+
+    sequence: S
+    start: int
+    length: int
+    logits: int
+
+
+class Cache(Protocol[Claimed]):
+    """What the scheduler asks of the runner's cache."""
+
+    def claim(self, sequence: Claimed) -> int:
+        """Make room for a sequence; returns how many of its first tokens are there already, less than all."""
+        ...
+
+    def free(self, sequence: Claimed) -> None:
+        """Give its room back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may not be exceeded.
+
+    Attributes:
+        max_sequences: Sequences that run at a time.
+        max_length: Tokens of one sequence.
+        cache_tokens: Tokens of all running sequences together.
+        step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once.
+        max_waiting: Sequences in the queue.
+    """
+
+    max_sequences: int
+    max_length: int
+    cache_tokens: int
+    step_tokens: int
+    max_waiting: int
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < self.max_sequences:
+            raise UserError(
+                f"step_tokens ({self.step_tokens}) must be at least max_sequences ({self.max_sequences}): "
+                "every running sequence gets a token in every step",
+                param="step_tokens",
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens that one sequence alone may have."""
+        return min(self.max_length, self.cache_tokens)
+
+
+class Scheduler(Generic[S]):
+    """The queue and the running sequences.
+
+    Attributes:
+        waiting: In the order of service.
+        running: In the order of arrival; every one is older than any that waits.
+        preemptions: How often a sequence gave up its place, so far.
+    """
+
+    def __init__(self, budget: Budget, cache: Cache[S]) -> None:
+        self.budget = budget
+        self.waiting: deque[S] = deque()
+        self.running: list[S] = []
+        self.preemptions = 0
+        self._cache = cache
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that running sequences have in the cache, or will have after the next step."""
+        return sum(len(sequence.tokens) for sequence in self.running)
+
+    def limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """The length at which a sequence ends.
+
+        Raises:
+            UserError: It could never fit; the message names the limit.
+        """
+        longest = self.budget.longest
+        if prompt_tokens == 0:
+            raise UserError("the prompt has no tokens: it needs at least one", param="prompt")
+        if prompt_tokens + (max_tokens if max_tokens is not None else 1) > longest:
+            asked = f" and max_tokens is {max_tokens}" if max_tokens is not None else ""
+            raise ContextLengthError(
+                f"This model's maximum context length is {longest} tokens, prompt and output together, but the prompt "
+                f"has {prompt_tokens}{asked}: shorten the prompt or ask for fewer tokens",
+                param="prompt" if prompt_tokens >= longest or max_tokens is None else "max_tokens",
+            )
+        return longest if max_tokens is None else prompt_tokens + max_tokens
+
+    def add(self, sequences: Iterable[S]) -> None:
+        """Queue new sequences, all or none of them. Their ids are larger than any before.
+
+        Raises:
+            UserError: There are more than the queue could ever hold.
+            OverloadedError: The queue is full.
+        """
+        new = list(sequences)
+        room = self.budget.max_waiting
+        if len(new) > room:
+            raise UserError(f"one request may ask for {room} sequences on this server, not {len(new)}", param="n")
+        if len(self.waiting) + len(new) > room:
+            raise OverloadedError(f"the queue is full ({len(self.waiting)} of {room}): try again later")
+        self.waiting.extend(new)
+
+    def finish(self, sequence: S, reason: FinishReason) -> None:
+        """End a sequence, wherever it is; nothing happens to one that has ended."""
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._cache.free(sequence)
+        elif sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            return
+        sequence.state = State.FINISHED
+        sequence.finish_reason = reason
+
+    def schedule(self) -> list[Work[S]]:
+        """The work of the next step; empty when nothing waits or runs.
+
+        The caller computes it and raises `computed` by each `length`, or finishes the sequences if that failed.
+        """
+        while self.held_tokens > self.budget.cache_tokens:
+            self._preempt(self.running[-1])
+        work: list[Work[S]] = []
+        prompts: list[S] = []
+        for sequence in self.running:
+            if len(sequence.tokens) - sequence.computed == 1:
+                work.append(_next_work(sequence, 1))
+            else:
+                prompts.append(sequence)
+        left = self.budget.step_tokens - len(work)
+        for sequence in prompts:
+            if left:
+                work.append(_next_work(sequence, left))
+                left -= work[-1].length
+        while left and self.waiting and self._fits(self.waiting[0]):
+            work.append(_next_work(self._admit(), left))
+            left -= work[-1].length
+        return work
+
+    def _fits(self, sequence: S) -> bool:
+        """Whether the first in the queue may run now."""
+        if not self.running:
+            return True
+        if len(self.running) >= self.budget.max_sequences:
+            return False
+        # A sibling's prompt is the same: once it is computed, it is copied instead.
+        if any(other.request is sequence.request and other.prefilling for other in self.running):
+            return False
+        after = [*self.running, sequence]
+        growth = sum(min(HEADROOM, each.limit - len(each.tokens)) for each in after)
+        return self.held_tokens + len(sequence.tokens) + growth <= self.budget.cache_tokens
+
+    def _admit(self) -> S:
+        # Should the claim fail, the sequence still waits.
+        sequence = self.waiting[0]
+        sequence.computed = self._cache.claim(sequence)
+        self.waiting.popleft()
+        sequence.state = State.RUNNING
+        self.running.append(sequence)
+        return sequence
+
+    def _preempt(self, sequence: S) -> None:
+        self.running.remove(sequence)
+        self._cache.free(sequence)
+        sequence.computed = 0
+        sequence.state = State.WAITING
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+
+def _next_work(sequence: S, most: int) -> Work[S]:
+    missing = len(sequence.tokens) - sequence.computed
+    count = min(missing, most)
+    if sequence.request.prompt_logprobs and sequence.prefilling:
+        return Work(sequence, sequence.computed, count, count)
+    return Work(sequence, sequence.computed, count, int(count == missing))

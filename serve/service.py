@@ -1,0 +1,47 @@
+"""What the routes share: the engine, the model's name, and the settings of this server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llmc.errors import NotFoundError
+from llmc.serve.engine import Engine
+from llmc.tokenizer import Tokenizer
+
+RETRY_SECONDS = 1
+DRAIN_RETRY_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Service:
+    """One served model.
+
+    Attributes:
+        model: The name by which clients ask for it.
+        created: When it was loaded, seconds since 1970.
+        api_key: If given, all routes but /health and /ready want it.
+        allow_origins: Origins of web pages whose scripts may ask this server; none by default.
+        max_body: Bytes of a request's body.
+        keep_alive: Seconds of silence in a stream after which a comment is sent.
+        answers: HTTP answers so far by (route, status), for /metrics.
+    """
+
+    engine: Engine
+    model: str
+    created: int
+    api_key: str | None = None
+    allow_origins: tuple[str, ...] = ()
+    max_body: int = 4 << 20
+    keep_alive: float = 15.0
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Raise NotFoundError unless `name` is the served model's, or was not given."""
+        if name is not None and name != self.model:
+            met = name if len(name) <= 80 else name[:77] + "..."
+            raise NotFoundError(f"the model '{met}' is not served here: this server has '{self.model}'", param="model")

@@ -1,0 +1,155 @@
+"""The whole line on real weights: Qwen2.5-Coder-0.5B-Instruct from a GGUF file, every stage by its command.
+
+Run by `make test-real`, with the file's path in LLMC_REAL_MODEL.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serving
+
+from llmc.runtime import Chunk
+from llmc.serve.runners import open_runner
+from llmc.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+
+QUESTION = [{"role": "user", "content": "Write a Python function that returns the n-th Fibonacci number."}]
+COUNT = 64
+
+
+def llmc(*arguments: object) -> None:
+    command = [sys.executable, "-m", "llmc.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `checkpoint`, `exported`, `quantized`, and the engines `fp32` and `int4`."""
+    if not os.environ.get("LLMC_REAL_MODEL"):
+        pytest.fail("LLMC_REAL_MODEL is not set: it is the path of a Qwen2.5-Coder-0.5B-Instruct GGUF file")
+    folder = tmp_path_factory.mktemp("real")
+    llmc("convert", os.environ["LLMC_REAL_MODEL"], folder / "checkpoint")
+    llmc("export", folder / "checkpoint", folder / "exported", "--format", "hf")
+    quantize = ("--algo", "rtn", "--bits", 4, "--group-size", 32)
+    llmc("quantize", folder / "checkpoint", folder / "quantized", *quantize)
+    llmc("build-engine", folder / "checkpoint", folder / "fp32")
+    llmc("build-engine", folder / "quantized", folder / "int4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(work: Path) -> tuple[Any, Any]:
+    """transformers' model and tokenizer of the exported folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(work / "exported", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(work / "exported")
+
+
+@pytest.fixture(scope="module")
+def prompt(exported: tuple[Any, Any]) -> list[int]:
+    ids: list[int] = exported[1].apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def test_transformers_reads_what_was_exported(work: Path, exported: tuple[Any, Any]) -> None:
+    model, tokenizer = exported
+    ours = Tokenizer.load(work / "int4")
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ours.eos_ids
+    for text in ("def f(x):\n\treturn x  # two", "多言語 тест 🙂 \r\n\n  1234567", "<|im_start|>user<|fim_prefix|>"):
+        assert ours.encode(text) == tokenizer.encode(text)
+        assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
+    assert model.config.model_type == "qwen2"
+
+
+def test_greedy_text_is_the_same_in_transformers_the_reference_and_the_engine(
+    work: Path, exported: tuple[Any, Any], prompt: list[int]
+) -> None:
+    import torch
+
+    from llmc import model as reference
+    from llmc.checkpoint import Checkpoint
+
+    # Its generation settings would sample with a repetition penalty.
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+    with torch.no_grad():
+        text = exported[0].generate(torch.tensor([prompt]), max_new_tokens=COUNT, **greedy)[0, len(prompt) :].tolist()
+    assert len(text) == COUNT
+
+    decoder, cache = reference.load(Checkpoint(work / "checkpoint")), reference.KVCache()
+
+    def decode(tokens: list[int], _: int) -> Any:
+        with torch.no_grad():
+            return decoder(torch.tensor([tokens]), cache=cache)[0, -1].numpy()
+
+    assert greedy_tokens(decode, prompt) == text
+
+    runner = open_runner(work / "fp32", max_sequences=1)
+    runner.claim(0, np.array(prompt))
+    assert greedy_tokens(lambda tokens, start: runner.step([Chunk(0, start, np.array(tokens))])[0][-1], prompt) == text
+    runner.close()
+
+
+def greedy_tokens(logits: Any, prompt: list[int]) -> list[int]:
+    found: list[int] = []
+    new, start = prompt, 0
+    while len(found) < COUNT:
+        found.append(int(logits(new, start).argmax()))
+        new, start = found[-1:], start + len(new)
+    return found
+
+
+@pytest.fixture(scope="module")
+def client(work: Path) -> Iterator[Any]:
+    import openai
+
+    with serving.server(work / "int4") as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        yield client
+
+
+def test_a_streamed_answer_is_a_function(client: Any) -> None:
+    stream = client.chat.completions.create(
+        model=client.models.list().data[0].id, messages=QUESTION, max_tokens=300, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    answer = "".join(pieces)
+    print(answer)
+    assert len(pieces) > 50
+    functions = [node for node in ast.walk(ast.parse(code_in(answer))) if isinstance(node, ast.FunctionDef)]
+    assert any("fib" in function.name for function in functions)
+
+
+def code_in(answer: str) -> str:
+    return answer.split("```python\n")[1].split("```")[0]
+
+
+def test_sixteen_clients_at_once(client: Any) -> None:
+    model = client.models.list().data[0].id
+
+    def ask(index: int) -> int:
+        question = [{"role": "user", "content": f"Write a Python function that adds {index} to its argument."}]
+        done = client.chat.completions.create(model=model, messages=question, max_tokens=64, temperature=0)
+        assert str(index) in done.choices[0].message.content
+        return int(done.usage.completion_tokens)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        counts = list(pool.map(ask, range(100, 116)))
+    took = time.perf_counter() - began
+    print(f"16 clients: {sum(counts)} tokens in {took:.1f} s, {sum(counts) / took:.1f} tokens/s with their prompts")
+    assert all(counts)

@@ -1,0 +1,190 @@
+"""Tiny random models of every family, made by transformers: the truth that the rest of the suite is compared with.
+
+Every weight is drawn anew after building, norms and biases too, so that nothing passes by being one or zero, and
+queries and keys are large enough for attention and positions to matter. Models with a scaled rotary embedding have an
+original context (32) shorter than the longest (256, for dynamic 128), so that both sides of it can be reached; a
+sliding window is 8 tokens. head_dim 16 and widths in multiples of 32 suit the kernels and whole groups of 32.
+
+Knows: configs and weights. Does not know: anything of llmc.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 320
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model.
+
+    Attributes:
+        model_type: transformers' name of the family.
+        config: What differs from `BASE`.
+        seed: Of the weights.
+    """
+
+    model_type: str
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def build(self) -> Any:
+        """The model, in float32, ready to be called: a fresh one each time."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(self.model_type, **{**BASE, **json.loads(json.dumps(self.config))})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name.endswith("norm.weight"):
+                    parameter.copy_(1.2 + 0.4 * noise)
+                elif "embed" in name:
+                    parameter.copy_(0.4 * noise)
+                else:
+                    parameter.copy_(0.18 * noise)
+        model.generation_config.eos_token_id = [2, 0]
+        return model.eval()
+
+
+def _scaled(**rope: Any) -> Case:
+    return Case("llama", {"rope_parameters": {"rope_theta": 10000.0, **rope}})
+
+
+_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 3}
+
+TINY: dict[str, Case] = {
+    "llama": Case("llama"),
+    "llama-tied": Case("llama", {"tie_word_embeddings": True}),
+    "llama-bias": Case("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": Case("llama", {"head_dim": 32}),
+    "llama-multi-head": Case("llama", {"num_key_value_heads": 4, "num_hidden_layers": 3}),
+    "llama-linear": _scaled(rope_type="linear", factor=2.0),
+    "llama-dynamic": Case(
+        "llama",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+    "llama-yarn": _scaled(**_YARN),
+    "llama-yarn-mscale": _scaled(**_YARN, mscale=0.707, mscale_all_dim=1.3, beta_fast=16.0, beta_slow=2.0),
+    "llama-yarn-no-truncate": _scaled(**_YARN, truncate=False, attention_factor=1.25),
+    "llama-longrope": _scaled(
+        rope_type="longrope",
+        factor=8.0,
+        original_max_position_embeddings=32,
+        short_factor=[1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+        long_factor=[1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.0],
+    ),
+    "llama-llama3": _scaled(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    ),
+    "mistral": Case("mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral-window": Case("mistral", {"sliding_window": 8}),
+    "qwen2": Case("qwen2"),
+    "qwen2-window": Case("qwen2", {**_WINDOW, "max_window_layers": 1}),
+    "qwen2.5-tied": Case(
+        "qwen2",
+        {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "qwen3": Case("qwen3", {"head_dim": 32}),
+    "qwen3-tied": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-bias-window": Case("qwen3", {**_WINDOW, "head_dim": 16, "max_window_layers": 2, "attention_bias": True}),
+}
+
+
+def save(case: Case, folder: Path, *, dtype: str = "float32", max_shard_size: str = "5GB") -> Path:
+    """Write a Hugging Face folder with weights, config and tokenizer; returns `folder`.
+
+    Args:
+        dtype: A name of torch's, the weights' type in the file.
+    """
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    case.build().to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 320 tokens with a ChatML template, in Hugging Face's files."""
+    (folder / "tokenizer.json").write_text(_tokenizer_json(), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 256,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+@functools.cache
+def _tokenizer_json() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the quick brown fox jumps over the lazy dog and there the other user and the assistant system were in it"
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise RuntimeError(f"the tiny tokenizer has {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}")
+    return str(tokenizer.to_str(pretty=True))
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Random ids, none of them special."""
+    import random
+
+    return [random.Random(seed * 1000 + index).randrange(3, VOCAB_SIZE) for index in range(count)]

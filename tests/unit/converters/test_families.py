@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import llmc.converters.families
+from llmc.converters import families
+from llmc.errors import UnsupportedModelError
+from llmc.spec import LinearScaling, ModelSpec
+
+LLAMA_1: dict[str, Any] = {
+    # What the first conversions of LLaMA 7B said: no key-value heads, no theta, no head size.
+    "architectures": ["LLaMAForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "initializer_range": 0.02,
+    "max_sequence_length": None,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "pad_token_id": -1,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def read(architecture: str = "LlamaForCausalLM", **changes: Any) -> ModelSpec:
+    return families.read_spec({**LLAMA_1, "architectures": [architecture], **changes}, "config.json")[1]
+
+
+def refused(architecture: str = "LlamaForCausalLM", **changes: Any) -> str:
+    with pytest.raises(UnsupportedModelError) as caught:
+        read(architecture, **changes)
+    return str(caught.value)
+
+
+def test_every_file_of_the_folder_is_a_family_and_has_a_tiny_model() -> None:
+    folder = Path(llmc.converters.families.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert set(families.load_all()) == files == {case.model_type for case in tiny.TINY.values()}
+    assert len(files) >= 4
+    for name in files:
+        assert len((folder / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60, name
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_what_is_written_reads_back(name: str, tiny_source: Callable[[str], Path]) -> None:
+    config = json.loads((tiny_source(name) / "config.json").read_text(encoding="utf-8"))
+    family, spec = families.read_spec(config, name)
+    written = family.write(spec)
+    assert families.read_spec(written, name) == (family, spec)
+    assert json.loads(json.dumps(written)) == written
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_transformers_reads_what_is_written_as_it_reads_the_original(
+    name: str, tiny_source: Callable[[str], Path]
+) -> None:
+    from transformers import AutoConfig
+
+    original = AutoConfig.from_pretrained(tiny_source(name))
+    family, spec = families.read_spec(original.to_dict(), name)
+    written = family.write(spec)
+    again = AutoConfig.for_model(written.pop("model_type"), **written)
+    keys = ("vocab_size", "hidden_size", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "sliding_window")
+    for key in keys:
+        assert getattr(again, key, None) == getattr(original, key, None), key
+    assert getattr(again, "layer_types", None) == getattr(original, "layer_types", None)
+
+
+def test_an_old_config_gets_the_family_s_defaults() -> None:
+    spec = read("LLaMAForCausalLM")
+    assert (spec.attention.num_kv_heads, spec.attention.head_dim) == (32, 128)
+    assert (spec.max_positions, spec.position.theta, spec.tied) == (2048, 10000.0, False)
+    assert (spec.attention.qkv_bias, spec.attention.o_bias, spec.mlp.bias) == (False, False, False)
+
+
+def test_defaults_of_the_other_families_are_those_of_transformers() -> None:
+    from transformers import MistralConfig, Qwen2Config, Qwen3Config
+
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000}
+    for kind, architecture in (
+        (MistralConfig, "MistralForCausalLM"),
+        (Qwen2Config, "Qwen2ForCausalLM"),
+        (Qwen3Config, "Qwen3ForCausalLM"),
+    ):
+        theirs, ours = kind(**sizes, intermediate_size=11008), read(architecture)
+        assert ours.attention.num_kv_heads == theirs.num_key_value_heads
+        assert ours.max_positions == theirs.max_position_embeddings
+        assert ours.attention.head_dim == (getattr(theirs, "head_dim", None) or 128)
+        assert ours.attention.window == theirs.sliding_window
+        assert ours.norm.eps == theirs.rms_norm_eps
+        assert ours.position.theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_switches_of_the_families() -> None:
+    biased = read(attention_bias=True)
+    assert (biased.attention.qkv_bias, biased.attention.o_bias, biased.mlp.bias) == (True, True, False)
+    assert read(mlp_bias=True).mlp.bias
+    qwen2 = read("Qwen2ForCausalLM").attention
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
+    qwen3 = read("Qwen3ForCausalLM", attention_bias=True).attention
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm) == (True, True, True)
+    assert read("MistralForCausalLM", sliding_window=None).attention.window is None
+    assert read("MistralForCausalLM", sliding_window=512).attention.window == 512
+    assert read("MistralForCausalLM", head_dim=96).attention.head_dim == 96
+
+
+def test_windows_of_qwen() -> None:
+    def windows(**changes: Any) -> list[int | None]:
+        spec = read("Qwen2ForCausalLM", num_hidden_layers=4, **changes)
+        return [spec.window(layer) for layer in range(4)]
+
+    assert windows(sliding_window=16, max_window_layers=2) == [None] * 4
+    assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=2) == [None, None, 16, 16]
+    assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=4) == [None] * 4
+    assert windows(use_sliding_window=True, sliding_window=None, max_window_layers=0) == [None] * 4
+    types = ["sliding_attention", "full_attention"] * 2
+    assert windows(use_sliding_window=True, sliding_window=16, layer_types=types) == [16, None, 16, None]
+    assert "layer_types" in refused("Qwen2ForCausalLM", num_hidden_layers=4, layer_types=types)
+    assert "layer_types" in refused("Qwen2ForCausalLM", num_hidden_layers=5, layer_types=types)
+    assert "chunked" in refused("Qwen2ForCausalLM", num_hidden_layers=1, layer_types=["chunked_attention"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "gelu"}, ["'hidden_act'", "'gelu'"]),
+        ({"quantization_config": {"bits": 4}}, ["'quantization_config'", "'bits': 4"]),
+        ({"partial_rotary_factor": 0.5}, ["'partial_rotary_factor'", "0.5"]),
+        ({"num_hidden_layers": "many"}, ["'num_hidden_layers'", "'many'"]),
+        ({"num_attention_heads": True}, ["'num_attention_heads'", "True"]),
+        ({"attention_bias": 1}, ["'attention_bias'", "1"]),
+        ({"vocab_size": None}, ["'vocab_size'", "missing"]),
+        ({"logit_scale": 2.0}, ["'logit_scale'", "2.0"]),
+        ({"num_key_value_heads": 5}, ["32", "5"]),
+        ({"rms_norm_eps": -1.0}, ["eps", "-1.0"]),
+        ({"rope_interleaved": True}, ["'rope_interleaved'", "True"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "'factor'", "missing"]),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope_scaling", "'su'", "longrope"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "temperature": 3}}, ["'temperature'", "3"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1, "x"]}}, ["'"]),
+        ({"rope_scaling": [1]}, ["'rope_scaling'", "[1]"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["'full_attention'"]),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name_and_value(changes: dict[str, Any], said: list[str]) -> None:
+    message = refused(**changes)
+    for part in said:
+        assert part in message
+
+
+def test_a_setting_of_another_family_is_refused() -> None:
+    assert "'attention_bias'" in refused("MistralForCausalLM", attention_bias=True)
+    assert "'mlp_bias'" in refused("Qwen2ForCausalLM", mlp_bias=True)
+    assert "'sliding_window'" in refused("LlamaForCausalLM", sliding_window=128)
+
+
+def test_training_and_bookkeeping_settings_are_passed_over() -> None:
+    harmless = {"pretraining_tp": 2, "attention_dropout": 0.1, "_name_or_path": "x", "unsloth_version": "1"}
+    assert read(**harmless) == read()
+
+
+def test_another_architecture_is_refused_with_those_that_there_are() -> None:
+    message = refused("GPT2LMHeadModel")
+    for part in ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"):
+        assert part in message
+    with pytest.raises(UnsupportedModelError, match="architectures"):
+        families.read_spec({}, "config.json")
+    with pytest.raises(UnsupportedModelError, match="'gpt2'"):
+        families.by_name("gpt2")
+
+
+def test_the_older_spelling_of_a_scaling_is_read() -> None:
+    for spelling in ({"type": "linear"}, {"rope_type": "linear"}):
+        spec = read(rope_theta=500.0, rope_scaling={**spelling, "factor": 4})
+        assert spec.position.scaling == LinearScaling(factor=4.0)
+        assert spec.position.theta == 500.0

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_gguf
+import torch
+from safetensors.torch import load_file
+
+from llmc import manifest as manifests
+from llmc.checkpoint import Checkpoint
+from llmc.converters import gguf, hf
+from llmc.converters.convert import convert
+from llmc.errors import CheckpointError, UnsupportedModelError
+from llmc.spec import Llama3Scaling, YarnScaling
+
+Folder = Callable[[str], Path]
+
+# GGUF's keys have no words for these.
+UNSAYABLE = {
+    *("llama-dynamic", "llama-longrope", "llama-yarn-mscale", "llama-yarn-no-truncate"),
+    *("qwen2-window", "qwen3-bias-window"),
+}
+SAYABLE = [name for name in tiny.TINY if name not in UNSAYABLE]
+
+
+def logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tiny.tokens(40)])).logits
+    return found
+
+
+@pytest.mark.parametrize("name", SAYABLE)
+def test_tensors_and_spec_are_those_of_the_hugging_face_model(
+    name: str, tiny_checkpoint: Folder, tmp_path: Path
+) -> None:
+    found = convert(tiny_gguf.save(tiny.TINY[name], tmp_path / "m.gguf"), tmp_path / "out")
+    expected = Checkpoint(tiny_checkpoint(name))
+    assert list(found.infos) == list(expected.infos)
+    for tensor in expected:
+        assert np.array_equal(found[tensor], expected[tensor]), tensor
+    # Mistral is LLaMA in a GGUF file, unless it has a window.
+    family = "llama" if name == "mistral" else expected.spec.family
+    position = found.spec.position
+    if isinstance(position.scaling, YarnScaling):
+        assert isinstance(expected.spec.position.scaling, YarnScaling)
+        assert position.scaling.attention_factor == pytest.approx(expected.spec.position.scaling.attention_factor)
+        position = expected.spec.position
+    assert found.spec.model_copy(update={"position": position}) == expected.spec.model_copy(update={"family": family})
+
+
+@pytest.mark.parametrize("name", SAYABLE)
+def test_transformers_computes_the_same_with_what_is_exported(name: str, tiny_source: Folder, tmp_path: Path) -> None:
+    convert(tiny_gguf.save(tiny.TINY[name], tmp_path / "m.gguf"), tmp_path / "out")
+    hf.export(tmp_path / "out", tmp_path / "back")
+    torch.testing.assert_close(logits(tmp_path / "back"), logits(tiny_source(name)), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16", "BF16"])
+@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "qwen3-tied"])
+def test_every_kind_of_number_is_what_the_gguf_package_makes_of_it(name: str, kind: str, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    found = convert(tiny_gguf.save(tiny.TINY[name], tmp_path / "m.gguf", kind=kind), tmp_path / "out")
+    hf.export(tmp_path / "out", tmp_path / "back")
+    stored = load_file(tmp_path / "back/model.safetensors")
+    model, kept = tiny.TINY[name].build().state_dict(), {"F16": torch.float16, "BF16": torch.bfloat16}
+    for tensor, met in stored.items():
+        original = model[tensor].numpy()
+        if original.ndim == 1:
+            assert met.dtype == torch.float32
+            assert torch.equal(met, model[tensor]), tensor
+            continue
+        assert met.dtype == kept.get(kind, torch.float32)
+        # Rows move and blocks lie within rows, so a permuted row is quantized as it would be in its place.
+        number = GGMLQuantizationType[kind]
+        expected = quants.dequantize(quants.quantize(original, number), number)
+        assert np.array_equal(met.float().numpy(), expected), tensor
+    assert found.manifest.settings == {"dtype": "keep"}
+
+
+def test_transformers_reads_the_same_tensors_from_the_file(tmp_path: Path) -> None:
+    """Its own GGUF reader is a second opinion on permutation and dequantization."""
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_gguf.save(tiny.TINY["llama"], tmp_path / "m.gguf", kind="Q8_0")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).state_dict()
+    convert(path, tmp_path / "out")
+    hf.export(tmp_path / "out", tmp_path / "back")
+    ours = load_file(tmp_path / "back/model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_another_type_is_cast_to(tmp_path: Path) -> None:
+    path = tiny_gguf.save(tiny.TINY["qwen2"], tmp_path / "m.gguf", kind="Q8_0")
+    whole, half = convert(path, tmp_path / "whole"), convert(path, tmp_path / "half", dtype="float16")
+    assert {str(info.dtype) for info in half.infos.values()} == {"float16"}
+    assert np.array_equal(half["layers.1.attn.q.weight"], whole["layers.1.attn.q.weight"].astype(np.float16))
+
+
+def test_the_parent_is_the_file(tmp_path: Path) -> None:
+    path = tiny_gguf.save(tiny.TINY["qwen2"], tmp_path / "m.gguf")
+    (parent,) = convert(path, tmp_path / "out").manifest.parents
+    assert (parent.kind, parent.name, parent.sha256) == ("gguf", "m.gguf", manifests.sha256_of(path))
+    assert not (tmp_path / "out/source").exists()
+
+
+def test_a_float32_setting_is_written_as_its_author_wrote_it(tmp_path: Path) -> None:
+    found = convert(tiny_gguf.save(tiny.TINY["qwen2.5-tied"], tmp_path / "m.gguf"), tmp_path / "out")
+    assert (found.spec.norm.eps, found.spec.position.theta) == (1e-06, 1e6)
+
+
+def test_llama_3_s_scaling_is_found_again(tmp_path: Path) -> None:
+    found = convert(tiny_gguf.save(tiny.TINY["llama-llama3"], tmp_path / "m.gguf"), tmp_path / "out")
+    assert found.spec.position.scaling == Llama3Scaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64
+    )
+
+
+def refused(tmp_path: Path, name: str = "llama", kind: type[Exception] = UnsupportedModelError, **changes: Any) -> str:
+    path = tiny_gguf.save(tiny.TINY[name], tmp_path / "m.gguf", **changes)
+    with pytest.raises(kind) as caught:
+        gguf.convert(path, tmp_path / "out")
+    assert [item.name for item in tmp_path.iterdir()] == ["m.gguf"]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"general.architecture": "gemma"}, ["'gemma'", "qwen3"]),
+        ({"llama.logit_scale": 2.0}, ["'llama.logit_scale'", "2.0"]),
+        ({"llama.expert_count": 8}, ["'llama.expert_count'", "8", "0"]),
+        ({"llama.rope.dimension_count": 8}, ["'llama.rope.dimension_count'", "8", "16"]),
+        ({"llama.attention.value_length": 8}, ["'llama.attention.value_length'"]),
+        ({"llama.block_count": None}, ["'num_hidden_layers'", "missing"]),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, ["longrope"]),
+        ({"llama.rope.scaling.type": "magic", "llama.rope.scaling.factor": 2.0}, ["'magic'"]),
+        ({"tokenizer.ggml.model": "bert"}, ["'bert'", "gpt2"]),
+        ({"tokenizer.ggml.pre": "viking"}, ["'viking'", "qwen2"]),
+    ],
+)
+def test_what_is_not_supported_is_refused(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+    message = refused(tmp_path, **changes)
+    for part in said:
+        assert part in message
+
+
+def test_a_missing_layer_is_named(tmp_path: Path) -> None:
+    message = refused(tmp_path, kind=CheckpointError, **{"llama.block_count": 3})
+    assert "blk.2." in message
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tiny_gguf.save(tiny.TINY["llama"], tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    for length in (2, 6, 20, 100, len(whole) // 4, len(whole) - 1000):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut short|damaged|not a GGUF"):
+            gguf.convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -91,7 +91,12 @@ class _Decoder:
             for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length), strict=True)
         )
         self.cache_type = INT8 if kv_int8 else FLOAT
-        self.cache_shape = ["batch", spec.attention.num_kv_heads, "max_length", spec.attention.head_dim]
+        self.cache_shape: list[int | str] = [
+            "batch",
+            spec.attention.num_kv_heads,
+            "max_length",
+            spec.attention.head_dim,
+        ]
         self.presents: dict[str, ir.Value] = {}
         shape = graph.call("Shape", [tokens], "/shape")
         self.batched = graph.call("Concat", [shape, graph.constant("/rest", np.array([-1]))], "/batched", axis=0)

@@ -83,7 +83,7 @@ def assemble(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Ite
     """
     values = np.empty((_rows(shape), math.prod(shape[1:])), dtype)
     done = 0
-    for block in parts:
+    for block in parts if values.size else ():
         flat = block.reshape(-1, values.shape[1])
         with np.errstate(over="ignore"):
             values[done : done + len(flat)] = flat

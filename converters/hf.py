@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llmc import checkpoint, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
-from llmc.converters import cast, families, hf_tokenizer, pickled
+from llmc.converters import cast, families, hf_tokenizer, json_file, pickled
 from llmc.converters.rules import Family, Progress, Tensors, from_canonical, source_names, to_canonical
 from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
@@ -52,7 +51,7 @@ def convert(
     """
     target = cast.target_dtype(dtype)
     folder, parent = _locate(source)
-    config = read_json(folder / CONFIG)
+    config = json_file.read(folder / CONFIG)
     family, spec = families.read_spec(config, folder / CONFIG)
     infos, has_pickles = _read_weights(folder)
     stored = cast.on_disk(infos, target)
@@ -89,21 +88,6 @@ def _locate(source: Path) -> tuple[Path, Parent]:
         raise UserError(f"{folder} has no {CONFIG}, so it is not a Hugging Face model (it holds {inside})")
     sha256 = manifests.sha256_of(folder / CONFIG)
     return folder, Parent(kind="hf", sha256=sha256, name=folder.resolve().name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: It is missing, or is not one.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, TensorInfo], bool]:
@@ -177,7 +161,7 @@ def _write_config(found: Checkpoint, family: Family, work: Path) -> None:
         shutil.copyfile(source / GENERATION, work / GENERATION)
     if not (source / CONFIG).is_file():
         config = family.write(found.spec) | {"dtype": dtype, "torch_dtype": dtype}
-        generation = read_json(work / GENERATION) if (work / GENERATION).is_file() else {}
+        generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.
         config |= {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}
         (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -185,6 +169,6 @@ def _write_config(found: Checkpoint, family: Family, work: Path) -> None:
         shutil.copyfile(source / CONFIG, work / CONFIG)
     else:
         # The type was changed on purpose; transformers loads in the type that the config names.
-        config = read_json(source / CONFIG)
+        config = json_file.read(source / CONFIG)
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype}
         (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

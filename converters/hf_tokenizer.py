@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc import checkpoint
-from llmc.converters import gguf_tokenizer, sentencepiece_model
+from llmc.converters import gguf_tokenizer, json_file, sentencepiece_model
 from llmc.converters.gguf_tokenizer import TokenType
 from llmc.errors import CheckpointError
 from llmc.log import logger
@@ -51,7 +51,9 @@ def copy(source: Path, target: Path, config: Mapping[str, Any]) -> None:
 
 def _from_sentencepiece(source: Path, path: Path) -> None:
     metadata = sentencepiece_model.read(source / SENTENCEPIECE)
-    config = _read(source / "special_tokens_map.json") | _read(source / "tokenizer_config.json")
+    config = json_file.read(source / "special_tokens_map.json", required=False) | json_file.read(
+        source / "tokenizer_config.json", required=False
+    )
     tokens, types = metadata[_KEY + "tokens"], metadata[_KEY + "token_type"]
     for number, (token, is_special) in sorted(_added(source, config).items()):
         kind = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
@@ -76,23 +78,13 @@ def _from_sentencepiece(source: Path, path: Path) -> None:
 def _added(source: Path, config: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """Tokens added after SentencePiece's own, by id: (text, whether it is special)."""
     try:
-        listed = {int(number): str(token) for token, number in _read(source / "added_tokens.json").items()}
+        listed = {
+            int(number): str(token)
+            for token, number in json_file.read(source / "added_tokens.json", required=False).items()
+        }
         found = {number: (token, False) for number, token in listed.items()}
         for number, entry in (config.get("added_tokens_decoder") or {}).items():
             found[int(number)] = (str(entry["content"]), bool(entry.get("special")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source}: the added tokens cannot be read: {error!r}") from None
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values

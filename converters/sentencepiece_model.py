@@ -40,8 +40,8 @@ def read(path: Path) -> dict[str, Any]:
         trainer, normalizer = (dict(_fields(_message(fields, number))) for number in (_TRAINER, _NORMALIZER))
     except (OSError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path} is not a SentencePiece model: {error!r}") from None
-    if trainer.get(3, 1) != _BPE:
-        raise UnsupportedModelError(f"{path} is a SentencePiece model of kind {trainer.get(3, 1)}; llmc reads BPE (2)")
+    if (kind := trainer.get(3, 1)) != _BPE:
+        raise UnsupportedModelError(f"{path} is a SentencePiece model of kind {kind!r}; llmc reads BPE ({_BPE})")
     if normalizer.get(2) or normalizer.get(4, 1):
         raise UnsupportedModelError(
             f"{path} changes characters or spaces before it cuts a text, which llmc does not do: load the tokenizer "

@@ -84,7 +84,8 @@ class Runner(Protocol):
         """Compute one chunk of each of some claimed sequences, all different.
 
         Returns:
-            For each chunk, in order, float32 [chunk.logits, vocab_size].
+            For each chunk, in order, float32 [chunk.logits, vocab_size]; valid until the next step, which may write
+            over them.
 
         Raises:
             EngineError: The step failed; the caches of these sequences are as undefined as their results.

@@ -472,5 +472,9 @@ def _engine_error(error: Exception, what: str) -> LlmcError:
 
 
 def _refusal(error: LlmcError) -> str:
-    kinds = {OverloadedError: "queue_full", DrainingError: "draining", EngineError: "engine"}
+    kinds: dict[type[LlmcError], str] = {
+        OverloadedError: "queue_full",
+        DrainingError: "draining",
+        EngineError: "engine",
+    }
     return kinds.get(type(error), "invalid")

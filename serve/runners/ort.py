@@ -111,7 +111,7 @@ class OrtRunner:
         self._table.free(sequence_id)
 
     def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
-        """See `llmc.runtime.Runner.step`. The logits are overwritten by the next step."""
+        """See `llmc.runtime.Runner.step`."""
         for chunk in chunks:
             self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
         self._table.trim()
@@ -190,7 +190,7 @@ class OrtRunner:
         binding, keep = self._bind_slots(0, count)
         tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
         total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.vocab_size), np.float32)
-        inputs = {
+        inputs: dict[str, Array] = {
             "tokens": tokens,
             "rows": np.arange(count),
             "seqlens_k": seqlens,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmc.checkpoint import SOURCE
-from llmc.converters import hf
+from llmc.converters import hf, json_file
 
 Folder = Callable[[str], Path]
 
@@ -52,7 +52,7 @@ def test_transformers_computes_the_same_with_a_config_written_from_the_spec(
     checkpoint = Path(shutil.copytree(tiny_checkpoint(name), tmp_path / "ckpt"))
     shutil.rmtree(checkpoint / SOURCE)
     hf.export(checkpoint, tmp_path / "back")
-    written = hf.read_json(tmp_path / "back/config.json")
+    written = json_file.read(tmp_path / "back/config.json")
     assert (written["eos_token_id"], written["pad_token_id"], written["dtype"]) == ([2, 0], 0, "float32")
     assert torch.equal(logits(tmp_path / "back"), logits(tiny_source(name)))
 

@@ -46,12 +46,12 @@ def row(tokens: Sequence[int], vocab_size: int = VOCAB, *, eos: int | None = Non
     return logits
 
 
-def greedy(prompt: Sequence[int], count: int, vocab_size: int = VOCAB, *, eos: int | None = None) -> list[int]:
-    """The tokens that any correct engine generates with temperature 0; ends after `eos`."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + count and (eos is None or tokens[-1] != eos or len(tokens) == len(prompt)):
-        tokens.append(int(row(tokens, vocab_size, eos=eos).argmax()))
-    return tokens[len(prompt) :]
+def greedy(prompt: Sequence[int], count: int, *, eos: int | None = None, ignore_eos: bool = False) -> list[int]:
+    """The tokens that any correct engine generates with temperature 0; ends after `eos` unless that is ignored."""
+    tokens: list[int] = []
+    while len(tokens) < count and (ignore_eos or eos is None or tokens[-1:] != [eos]):
+        tokens.append(int(row([*prompt, *tokens], eos=eos).argmax()))
+    return tokens
 
 
 class FakeRunner:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_gguf
+import tiny_sentencepiece
 import tokenizers
 from gguf import TokenType
 from hypothesis import example, given, settings
@@ -204,21 +204,6 @@ def test_no_word_on_cutting_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptu
     assert "GPT-2" in caplog.text
 
 
-def sentencepiece_model() -> Any:
-    """A real SentencePiece BPE, trained here, in LLaMA's settings."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    lines = [line for text in TEXTS for line in text.splitlines()] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=460, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=3,
-        character_coverage=0.98, user_defined_symbols=["<extra>"], allow_whitespace_only_pieces=True,
-        hard_vocab_limit=False,
-    )  # fmt: skip
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-
-
 def sentencepiece_metadata(model: Any) -> dict[str, Any]:
     def kind(number: int) -> TokenType:
         if model.IsByte(number):
@@ -243,7 +228,7 @@ def sentencepiece_metadata(model: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
-    model = sentencepiece_model()
+    model = tiny_sentencepiece.train(TEXTS)
     return model, recovered(sentencepiece_metadata(model), tmp_path_factory.mktemp("sentencepiece"))
 
 
@@ -275,7 +260,7 @@ def test_merges_follow_the_scores() -> None:
 
 
 def test_without_a_space_before(tmp_path: Path) -> None:
-    metadata = {**sentencepiece_metadata(sentencepiece_model()), "tokenizer.ggml.add_space_prefix": False}
+    metadata = {**sentencepiece_metadata(tiny_sentencepiece.train(TEXTS)), "tokenizer.ggml.add_space_prefix": False}
     found = recovered(metadata, tmp_path)
     ids = found.encode("the fox", add_special_tokens=False)
     assert found.backend.id_to_token(ids[0])[0] == "t"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
-from llmc.converters import hf, pickled
+from llmc.converters import hf, json_file, pickled
 from llmc.converters.convert import convert
 from llmc.errors import CheckpointError, ManifestError, UnsupportedModelError, UserError
 from llmc.manifest import Manifest
@@ -320,7 +320,7 @@ def test_an_artifact_that_needs_no_converting_says_so(source: Path, tmp_path: Pa
 def test_a_folder_without_generation_config_gets_the_ids_of_its_config(source: Path, tmp_path: Path) -> None:
     (source / "generation_config.json").unlink()
     hf.convert(source, tmp_path / "out")
-    assert hf.read_json(tmp_path / "out/generation_config.json") == {"eos_token_id": 2, "pad_token_id": 0}
+    assert json_file.read(tmp_path / "out/generation_config.json") == {"eos_token_id": 2, "pad_token_id": 0}
     assert not (tmp_path / "out/source/generation_config.json").exists()
 
 
@@ -333,17 +333,18 @@ def test_a_folder_without_tokenizer_is_converted_with_a_warning(
     assert "no tokenizer" in caplog.text
 
 
-def test_a_slow_tokenizer_that_cannot_be_made_fast_is_an_error(source: Path, tmp_path: Path) -> None:
-    (source / "tokenizer.json").unlink()
+def test_an_older_tokenizer_that_cannot_be_read_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").rename(source / "vocab.json")
+    assert "AutoTokenizer" in refused(source, tmp_path / "out")
     (source / "tokenizer.model").write_bytes(b"this is no sentencepiece model")
-    assert "tokenizer.json" in refused(source, tmp_path / "out")
+    assert "tokenizer.model" in refused(source, tmp_path / "out")
 
 
 def test_exporting_what_was_cast_names_the_new_type(source: Path, tmp_path: Path) -> None:
     hf.convert(source, tmp_path / "out", dtype="bfloat16")
     hf.export(tmp_path / "out", tmp_path / "back")
-    config = hf.read_json(tmp_path / "back/config.json")
-    assert config == {**hf.read_json(source / "config.json"), "dtype": "bfloat16"}
+    config = json_file.read(tmp_path / "back/config.json")
+    assert config == {**json_file.read(source / "config.json"), "dtype": "bfloat16"}
 
 
 def test_a_quantized_checkpoint_is_not_exported(source: Path, tmp_path: Path) -> None:

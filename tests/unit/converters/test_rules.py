@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc import names
-from llmc.converters import families, hf
+from llmc.converters import families, hf, json_file
 from llmc.converters.families.llama import RULES
 from llmc.converters.gguf import ARCHITECTURES, UNPERMUTE
 from llmc.converters.rules import Op, Rule, Tensors, bind, from_canonical, source_names, to_canonical
@@ -78,7 +78,7 @@ def test_there_and_back_is_the_same_to_the_bit(table: str, spec: ModelSpec, seed
 
 @pytest.mark.parametrize("name", tiny.TINY)
 def test_names_are_those_that_transformers_saves(name: str, tiny_source: Callable[[str], Path]) -> None:
-    config = hf.read_json(tiny_source(name) / "config.json")
+    config = json_file.read(tiny_source(name) / "config.json")
     family, spec = families.read_spec(config, name)
     saved = hf._read_weights(tiny_source(name))[0]
     assert {item.theirs for item in bind(family.rules, spec)} == set(saved)

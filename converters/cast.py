@@ -87,7 +87,7 @@ def assemble(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Ite
         flat = block.reshape(-1, values.shape[1])
         with np.errstate(over="ignore"):
             values[done : done + len(flat)] = flat
-        if np.isinf(values[done : done + len(flat)]).any() and np.isfinite(flat).all():
+        if (np.isinf(values[done : done + len(flat)]) & np.isfinite(flat)).any():
             raise CheckpointError(f"'{name}' has values that {dtype} cannot hold: convert with --dtype bfloat16")
         done += len(flat)
     return values.reshape(shape)

@@ -155,6 +155,10 @@ def read_config(file: GgufFile, stored: Tensors) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{file.path}: the architecture is {name!r}; from GGUF llmc supports {', '.join(ARCHITECTURES)}"
         )
+    if (count := file.metadata.get("split.count", 1)) > 1:
+        raise UnsupportedModelError(
+            f"{file.path} is one of {count} parts: join them first (llama-gguf-split --merge FIRST_PART OUT.gguf)"
+        )
     architecture = ARCHITECTURES[name]
     left = {
         key.removeprefix(f"{name}."): _shortest(value)

@@ -134,7 +134,7 @@ class _Log(Logger):  # type: ignore[misc]
 
     def error(self, msg: str, *args: Any, **kwargs: Any) -> None:
         """See Logger."""
-        if "exited with code" not in msg and "App failed to load" not in msg:
+        if not msg.startswith(("Worker (pid:%s) exited with code", "Shutting down: ", "Reason: ")):
             super().error(msg, *args, **kwargs)
 
 

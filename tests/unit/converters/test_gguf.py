@@ -144,6 +144,7 @@ def refused(tmp_path: Path, name: str = "llama", kind: type[Exception] = Unsuppo
         ({"llama.block_count": None}, ["'num_hidden_layers'", "missing"]),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, ["longrope"]),
         ({"llama.rope.scaling.type": "magic", "llama.rope.scaling.factor": 2.0}, ["'magic'"]),
+        ({"split.count": 3}, ["one of 3 parts", "--merge"]),
         ({"tokenizer.ggml.model": "bert"}, ["'bert'", "gpt2"]),
         ({"tokenizer.ggml.pre": "viking"}, ["'viking'", "qwen2"]),
     ],
@@ -152,6 +153,13 @@ def test_what_is_not_supported_is_refused(tmp_path: Path, changes: dict[str, Any
     message = refused(tmp_path, **changes)
     for part in said:
         assert part in message
+
+
+def test_llama_3_s_factors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
+    both = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    message = refused(tmp_path, "llama-llama3", **both)
+    assert "rope_freqs.weight" in message
+    assert "'linear'" in message
 
 
 def test_a_missing_layer_is_named(tmp_path: Path) -> None:

@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmc.runtime import Chunk, Runner
+from llmc.serve.local import serving
 from llmc.serve.runners import open_runner
 
 PROMPT = 512
@@ -137,7 +133,8 @@ def decode_rate(runner: Runner, rng: np.random.Generator, count: int) -> tuple[f
 def http_rate(engine: Path, threads: int | None, streams: int, prompt: int) -> float:
     """Tokens a second that all streaming clients together receive, between the last one's first token and the
     first one's last."""
-    with serving(engine, threads, streams) as url:
+    options = ["--max-sequences", str(streams), *(["--threads", str(threads)] if threads else [])]
+    with serving(engine, *options) as url:
         asyncio.run(_streams(url, streams, prompt, 4))
         return asyncio.run(_streams(url, streams, prompt, 96))
 
@@ -166,28 +163,6 @@ async def _streams(url: str, streams: int, prompt: int, max_tokens: int) -> floa
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     inside = sum(begin < at <= end for times in arrivals for at in times)
     return inside / max(end - begin, 1e-9)
-
-
-@contextlib.contextmanager
-def serving(engine: Path, threads: int | None, streams: int) -> Iterator[str]:
-    """The server in a process of its own, until /ready says yes; its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "llmc.cli", "serve", str(engine), "--port", str(port)]
-    command += ["--max-sequences", str(max(streams, 1))]
-    command += ["--threads", str(threads)] if threads else []
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(600):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1)
-                    break
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
 
 
 if __name__ == "__main__":

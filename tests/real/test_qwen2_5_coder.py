@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import serving
 
 from llmc.runtime import Chunk
+from llmc.serve.local import serving
 from llmc.serve.runners import open_runner
 from llmc.tokenizer import Tokenizer
 
@@ -118,7 +118,7 @@ def greedy_tokens(logits: Any, prompt: list[int]) -> list[int]:
 def client(work: Path) -> Iterator[Any]:
     import openai
 
-    with serving.server(work / "int4") as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with serving(work / "int4") as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         yield client
 
 

@@ -125,6 +125,16 @@ def test_logprobs_of_output_and_prompt(make_engine: MakeEngine) -> None:
         assert each.rank == int((row > row[each.token]).sum())
 
 
+def test_prompt_logprobs_come_once_though_the_prompt_is_computed_twice(make_engine: MakeEngine) -> None:
+    engine = make_engine(fake.FakeRunner(max_sequences=2, max_length=100, cache_tokens=100), step_tokens=16)
+    requests = [Request(prompt(seed, 20), GREEDY, max_tokens=70, logprobs=0, prompt_logprobs=True) for seed in (1, 2)]
+    handles = [engine.submit(request) for request in requests]
+    for request, handle in zip(requests, handles, strict=True):
+        reported = [each.token for event in collect(handle) for each in event.prompt_logprobs]
+        assert reported == list(request.prompt[1:])
+    assert engine.preemptions > 0
+
+
 def test_no_token_at_all(make_engine: MakeEngine) -> None:
     handle = make_engine().submit(Request(prompt(3, 40), GREEDY, max_tokens=0))
     events = collect(handle)

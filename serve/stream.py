@@ -217,7 +217,8 @@ class _Window:
         self._new: list[int] = []
 
     def push(self, token: int) -> str:
-        if token in self._skip:
+        # A token that decodes to nothing must not push a word out of the window.
+        if token in self._skip or self._tokenizer.backend.id_to_token(token) is None:
             return ""
         self._new.append(token)
         text = self._difference()

@@ -7,25 +7,21 @@ was never trained on, serves one, asks it eight things at a time, and prints wha
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from llmc.serve.local import serving
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -88,43 +84,6 @@ def llmc(*arguments: object) -> None:
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(f"demo: the command above ended with exit status {status}")
-
-
-@contextlib.contextmanager
-def served(engine: Path, log: Path) -> Iterator[str]:
-    """Serve an engine until the block ends; yields its address. The server must end well when it is told to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["llmc", "serve", str(engine), "--port", str(port)]
-    console.print(f"\n[bold]$ {' '.join(command)} &[/bold]")
-    with log.open("w", encoding="utf-8") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_until_ready(server, address, log)
-        yield address
-        server.send_signal(signal.SIGTERM)
-        status = server.wait(timeout=30)
-        console.print(f"SIGTERM: the server drained and ended with exit status {status}")
-        if status:
-            sys.exit(f"demo: the server ended badly; its log:\n{log.read_text(encoding='utf-8')}")
-    finally:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Poll /ready, as a load balancer does."""
-    began = time.monotonic()
-    while server.poll() is None and time.monotonic() - began < 60:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            if urllib.request.urlopen(f"{address}/ready", timeout=5).status == 200:
-                console.print(f"{address} is ready after {time.monotonic() - began:.1f} s")
-                return
-        time.sleep(0.1)
-    sys.exit(f"demo: the server did not become ready; its log:\n{log.read_text(encoding='utf-8')}")
 
 
 def ask(address: str, prompts: list[str], max_tokens: int) -> tuple[list[Answer], float]:
@@ -233,12 +192,14 @@ def main(folder: Path, steps: int, minutes: float) -> None:
     llmc("build-engine", folder / "checkpoint-int4", folder / "engine-int4")
     llmc(
         "evaluate", folder / "engine", folder / "engine-int4",
-        "--text", folder / "run" / "held_out.txt", "--window", 256, "--json", folder / "evaluation.json",
+        "--text", folder / "run" / "held_out.txt", "--json", folder / "evaluation.json",
     )  # fmt: skip
-    with served(folder / "engine-int4", folder / "server.log") as address:
+    console.print(f"\n[bold]$ llmc serve {folder}/engine-int4 &[/bold]")
+    with serving(folder / "engine-int4") as address:
         ask(address, PROMPTS[:1], 8)  # the first request of a process pays for touching fresh memory
         console.print(f"asking {len(PROMPTS)} things at a time")
         answers, seconds = ask(address, PROMPTS, 128)
+    console.print("SIGTERM: the server finished what ran and ended with exit status 0")
     report(folder, answers, seconds)
     goodbye(folder)
     console.print(f"the demo took {(time.monotonic() - began) / 60:.1f} minutes")

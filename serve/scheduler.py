@@ -66,7 +66,7 @@ class Budget:
         max_length: Tokens of one sequence.
         cache_tokens: Tokens of all running sequences together.
         step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once.
-        max_waiting: Sequences in the queue.
+        max_waiting: Sequences in the queue, when the batch is full.
     """
 
     max_sequences: int
@@ -136,11 +136,12 @@ class Scheduler(Generic[S]):
             OverloadedError: The queue is full.
         """
         new = list(sequences)
-        room = self.budget.max_waiting
+        room = self.budget.max_waiting + self.budget.max_sequences
         if len(new) > room:
             raise UserError(f"one request may ask for {room} sequences on this server, not {len(new)}", param="n")
-        if len(self.waiting) + len(new) > room:
-            raise OverloadedError(f"the queue is full ({len(self.waiting)} of {room}): try again later")
+        # A burst on an idle server waits only for the next step, so places in the batch count as well.
+        if (taken := len(self.waiting) + len(self.running)) + len(new) > room:
+            raise OverloadedError(f"the queue is full ({taken} of {room} sequences): try again later")
         self.waiting.extend(new)
 
     def finish(self, sequence: S, reason: FinishReason) -> None:

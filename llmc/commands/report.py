@@ -1,8 +1,9 @@
-"""How commands say sizes. Not a command."""
+"""How commands say sizes and figures. Not a command."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def human(size: float) -> str:
@@ -17,3 +18,22 @@ def human(size: float) -> str:
 def folder_size(folder: Path) -> str:
     """The size of all files in a folder, for people."""
     return human(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+
+
+def evaluation(rows: list[dict[str, Any]]) -> None:
+    """The table of `llmc evaluate`, from the figures that `--json` writes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{rows[0]['tokens']} predicted tokens; KL and top-1 against the first", box=None)
+    table.add_column("folder", overflow="fold")
+    for heading in ("kind", "size", "perplexity", "vs first", "KL", "top-1", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        versus = ("", "", "")
+        if row["kl"] is not None:
+            change = row["perplexity"] / rows[0]["perplexity"] - 1
+            versus = (f"{change:+.1%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
+        speed = f"{row['tokens_per_second']:.0f}"
+        table.add_row(row["folder"], row["kind"], human(row["bytes"]), f"{row['perplexity']:.3f}", *versus, speed)
+    Console().print(table)

@@ -312,7 +312,7 @@ BAD = {
     "allowed": (Request((5,), Sampling(allowed_token_ids=[999])), "allowed_token_ids", "no token 999"),
     "stop token": (Request((5,), Sampling(stop_token_ids=[999])), "stop_token_ids", "no token 999"),
     "minimum": (Request((5,), Sampling(min_tokens=9), max_tokens=8), "min_tokens", "at most 8"),
-    "too many": (Request((5,), n=100), "n", "3 sequences"),
+    "too many": (Request((5,), n=100), "n", "7 sequences"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -223,7 +222,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (TEXT, {"prompt": [-1]}, 400, "prompt"),
     (TEXT, {"prompt": [10**30]}, 400, "prompt"),
     (TEXT, {"prompt": "fox " * 300}, 400, "prompt"),
-    (TEXT, {"prompt": ["a"] * 9}, 400, "n"),
+    (TEXT, {"prompt": ["a"] * 13}, 400, "n"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": None}, 400, "messages"),
     (CHAT, {"messages": "hello"}, 400, "messages"),
@@ -405,11 +404,7 @@ def test_overload_and_drain(client: FlaskClient, service: Service, runner: fake.
     engine = service.engine
     from llmc.serve.request import Request
 
-    handles = [engine.submit(Request((5, 6), max_tokens=2)) for _ in range(4)]
-    while engine.num_running < 1:
-        time.sleep(0.001)
-    while engine.num_waiting < 8:
-        handles.append(engine.submit(Request((5, 6), max_tokens=2)))
+    handles = [engine.submit(Request((5, 6), max_tokens=2)) for _ in range(4 + 8)]
     response = client.post(TEXT, json=GOOD_TEXT)
     assert check_error(response, 429)["type"] == "rate_limit_error"
     assert int(response.headers["Retry-After"]) >= 1

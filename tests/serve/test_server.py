@@ -201,8 +201,8 @@ def test_openai_with_a_key_and_an_engine_that_fails(start: Callable[..., Server]
         client.chat.completions.create(**asked)
     with server.openai(api_key="secret") as client:
         assert client.chat.completions.create(**asked).choices
-        with pytest.raises(openai.BadRequestError, match="1 sequences"):
-            client.chat.completions.create(**asked, n=2)
+        with pytest.raises(openai.BadRequestError, match="2 sequences"):
+            client.chat.completions.create(**asked, n=3)
     assert server.get("/health")[0] == server.get("/ready")[0] == 200
     assert server.get("/metrics")[0] == 401
 
@@ -313,11 +313,8 @@ def test_a_reader_that_stops_reading_harms_nobody(start: Callable[..., Server]) 
 
 def test_health_answers_while_every_stream_is_taken(start: Callable[..., Server]) -> None:
     server = start(runner={"max_length": 5000, "delay": 0.02, "max_sequences": 4}, engine={"max_waiting": 6})
-    socks = []
-    for number in range(10):
-        socks.append(server.open({"prompt": "the", "max_tokens": 4000, "stream": True, "ignore_eos": True}))
-        if number == 0:
-            server.wait_for(lambda: server.metric("num_requests_running") == 1)
+    asked = {"prompt": "the", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    socks = [server.open(asked) for _ in range(10)]
     server.wait_for(lambda: server.metric("num_requests_waiting") == 6)
     for path in ("/health", "/ready", "/metrics"):
         assert server.get(path, timeout=2)[0] == 200

@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
         limit = self.scheduler.limit(len(prompt), max_tokens)
         new = [Sequence(len(self.everyone) + index, request, limit, index=index) for index in range(n)]
         before = list(self.scheduler.waiting)
-        if len(before) + n > self.budget.max_waiting:
+        if len(before) + len(self.scheduler.running) + n > self.budget.max_waiting + self.budget.max_sequences:
             with pytest.raises((OverloadedError, UserError)):
                 self.scheduler.add(new)
             assert list(self.scheduler.waiting) == before

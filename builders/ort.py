@@ -46,26 +46,11 @@ def build(
         UserError: `target` exists, or an option does not fit the checkpoint.
     """
     checkpoint = Checkpoint(source)
-    spec, recipe = checkpoint.spec, checkpoint.recipe
-    has_scales = recipe is not None and recipe.kv_cache is not None
-    if kv_cache == "int8" and not has_scales:
-        raise UserError(
-            f"{source} has no scales for an int8 KV cache: make them with "
-            f"`llmc quantize {source} OUT --algo none --kv-cache int8 --calibration TEXT`"
-        )
-    if max_length is not None and not 0 < max_length <= spec.max_positions:
-        raise UserError(f"--max-length {max_length}: {source} was made for 1 to {spec.max_positions} tokens")
-    engine = Engine(
-        backend="ort",
-        spec=spec,
-        max_length=max_length or spec.max_positions,
-        kv_cache=kv_cache or ("int8" if has_scales else "float32"),
-        weights=_formats(checkpoint),
-    )
+    engine = _engine(checkpoint, max_length, kv_cache)
     with manifests.creating(target, overwrite=overwrite) as folder:
         graph = onnx_decoder.draw(
-            spec,
-            recipe,
+            checkpoint.spec,
+            checkpoint.recipe,
             checkpoint.__getitem__,
             max_length=engine.max_length,
             kv_int8=engine.kv_cache == "int8",
@@ -84,6 +69,26 @@ def build(
             ),
         )
     return engine
+
+
+def _engine(checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["float32", "int8"] | None) -> Engine:
+    """What the options make of a checkpoint."""
+    source, spec = checkpoint.folder, checkpoint.spec
+    has_scales = checkpoint.recipe is not None and checkpoint.recipe.kv_cache is not None
+    if kv_cache == "int8" and not has_scales:
+        raise UserError(
+            f"{source} has no scales for an int8 KV cache: make them with "
+            f"`llmc quantize {source} OUT --algo none --kv-cache int8 --calibration TEXT`"
+        )
+    if max_length is not None and not 0 < max_length <= spec.max_positions:
+        raise UserError(f"--max-length {max_length}: {source} was made for 1 to {spec.max_positions} tokens")
+    return Engine(
+        backend="ort",
+        spec=spec,
+        max_length=max_length or spec.max_positions,
+        kv_cache=kv_cache or ("int8" if has_scales else "float32"),
+        weights=_formats(checkpoint),
+    )
 
 
 def _formats(checkpoint: Checkpoint) -> dict[str, int]:

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import HealthCheck, settings
 
 # Two cores are shared with everything else, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The same examples every time, on machines of any speed; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("llmc", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "llmc"))
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,20 @@ def evaluation(rows: list[dict[str, Any]]) -> None:
     table.add_column("folder", overflow="fold")
     for heading in ("kind", "size", "perplexity", "vs first", "KL", "top-1", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
+    last_parts = [Path(row["folder"]).resolve().name for row in rows]
+    unambiguous = len(set(last_parts)) == len(rows)
+    for row, last_part in zip(rows, last_parts, strict=True):
         versus = ("", "", "")
         if row["kl"] is not None:
             change = row["perplexity"] / rows[0]["perplexity"] - 1
             versus = (f"{change:+.1%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
         speed = f"{row['tokens_per_second']:.0f}"
-        table.add_row(row["folder"], row["kind"], human(row["bytes"]), f"{row['perplexity']:.3f}", *versus, speed)
+        table.add_row(
+            last_part if unambiguous else row["folder"],
+            row["kind"],
+            human(row["bytes"]),
+            f"{row['perplexity']:.3f}",
+            *versus,
+            speed,
+        )
     Console().print(table)

@@ -24,6 +24,8 @@ from llmc.builders.onnx_graph import MICROSOFT, Graph
 from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 
+INT8_ARITHMETIC = 4  # as an accuracy_level
+
 Array = npt.NDArray[Any]
 Modules = Sequence[str]
 
@@ -57,7 +59,10 @@ class Lowering:
         self._known: dict[str, ir.Value] = {}
 
     def format(self, module: str) -> WeightFormat | None:
-        return self._recipe.format_of(module) if self._recipe else None
+        weight = f"{module}.weight"
+        return (
+            self._recipe.format_of(module) if self._recipe and names.is_matrix(weight, self._shapes[weight]) else None
+        )
 
     def linear(self, x: ir.Value, *modules: str, node: str = "") -> ir.Value:
         """y = x W^T + b, the outputs of several modules of the same format side by side.

@@ -54,6 +54,7 @@ def convert(
     config = json_file.read(folder / CONFIG)
     family, spec = families.read_spec(config, folder / CONFIG)
     infos, has_pickles = _read_weights(folder)
+    infos = _with_prefix(family, infos)
     stored = cast.on_disk(infos, target)
     spec = _untie_if_different(family, spec, infos)
     dropped = family.dropped + ((_head(family, spec),) if spec.tied else ())
@@ -97,6 +98,13 @@ def _read_weights(folder: Path) -> tuple[dict[str, TensorInfo], bool]:
     if (folder / pickled.SINGLE).is_file() or (folder / pickled.INDEX).is_file():
         return pickled.read_folder(folder), True
     raise CheckpointError(f"{folder} has no weights: expected {WEIGHTS}, {INDEX}, {pickled.SINGLE} or {pickled.INDEX}")
+
+
+def _with_prefix(family: Family, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of a model that was saved without its head, under the names that they have beside a head."""
+    if any(name.startswith(family.prefix) for name in infos):
+        return infos
+    return {name if name.startswith("lm_head.") else family.prefix + name: info for name, info in infos.items()}
 
 
 def _head(family: Family, spec: ModelSpec) -> str:

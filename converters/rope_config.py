@@ -30,17 +30,18 @@ from llmc.spec import (
 DEFAULT_THETA = 10000.0
 
 
-def read_rope(reader: Reader, max_positions: int) -> tuple[Rope, int]:
+def read_rope(reader: Reader, max_positions: int, theta: float = DEFAULT_THETA) -> tuple[Rope, int]:
     """The rotary embedding, and the positions that it reaches.
 
     Args:
         reader: The model's config.
         max_positions: Its `max_position_embeddings`.
+        theta: When the config does not say.
 
     Raises:
         UnsupportedModelError: A type or a setting of it that llmc does not know.
     """
-    theta = reader.number("rope_theta", DEFAULT_THETA)
+    theta = reader.number("rope_theta", theta)
     reader.only("partial_rotary_factor", 1.0, "the whole head is rotated")
     old, new = reader.section("rope_scaling"), reader.section("rope_parameters")
     original = reader.integer("original_max_position_embeddings", 0)
@@ -140,10 +141,10 @@ def write_rope(spec: ModelSpec) -> dict[str, Any]:
 
     In the older form, `rope_theta` and `rope_scaling`, which every version of transformers reads.
     """
-    scaling = spec.position.scaling
+    scaling = spec.rope.scaling
     settings: dict[str, Any] = {
         "max_position_embeddings": spec.max_positions,
-        "rope_theta": spec.position.theta,
+        "rope_theta": spec.rope.theta,
         "rope_scaling": None,
     }
     if scaling is None:

@@ -1,16 +1,20 @@
 """The reference decoder: what every engine, converter and quantizer is compared with.
 
-    tokens ─► embed ─► layer 0 ─► ... ─► layer n-1 ─► norm ─► head ─► logits
+    tokens ─► embed ─► [embed_in] ─► [+ positions] ─► layer 0 ─► ... ─► layer n-1 ─► norm ─► [embed_out] ─► head ─►
 
     layer:    x ─┬─► attn_norm ─► attn ─(+)─┬─► mlp_norm ─► mlp ─(+)─►
                  └──────────────────────┘   └─────────────────┘
+    or:       x ─┬─► attn ─(+)─► attn_norm ─┬─► mlp ─(+)─► mlp_norm ─►
+                 └──────────┘               └─────────┘
 
-    attn:     ─┬─► q ─► [q_norm] ─► rotate ─────────────┐
-               ├─► k ─► [k_norm] ─► rotate ─► [int8] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
-               └─► v ──────────────────────► [int8] ─► cache
+    attn:     ─┬─► q ─► [q_norm] ─► [rotate] ─────────────┐
+               ├─► k ─► [k_norm] ─► [rotate] ─► [int8] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
+               └─► v ────────────────────────► [int8] ─► cache
 
-    mlp:      ─┬─► gate ─► silu ─(x)─► down ─►
-               └─► up ──────────┘
+    moe:      the mlp of each token's experts, weighed by their scores, in place of one mlp
+
+    mlp:      ─┬─► gate ─► activation ─(x)─► down ─►        or  ─► up ─► activation ─► down ─►
+               └─► up ────────────────┘
 
 Parameters carry the canonical names of llmc/names.py, and every switch is a field of ModelSpec. It is written to be
 read and to be right, not to be fast; the arithmetic is that of transformers, to 1e-5 on logits.
@@ -19,6 +23,9 @@ Does not know: families, text, sampling.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,7 +36,17 @@ from llmc import names, rope
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
 from llmc.quant import pack
-from llmc.spec import ModelSpec
+from llmc.spec import Learned, ModelSpec, Moe, Rope
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+# cos and sin of the positions of the new tokens, [new, head_dim / 2]; None where no head is turned.
+Rotation = tuple[Tensor, Tensor] | None
 
 
 class KVCache:
@@ -73,8 +90,14 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+def norm(spec: ModelSpec, size: int) -> nn.Module:
+    """The model's kind of norm over `size` features."""
+    kinds: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+    return kinds[spec.norm.kind](size, spec.norm.eps)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, see the drawing above.
+    """Grouped-query attention, see the drawing above.
 
     `k_scale` and `v_scale` (float32 [kv_size], None without an int8 cache) make it compute with the keys and values
     that such a cache would give back.
@@ -88,19 +111,20 @@ class Attention(nn.Module):
         self.k = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
         self.v = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
         self.o = nn.Linear(spec.q_size, spec.hidden_size, bias=switches.o_bias)
-        self.q_norm = RMSNorm(switches.head_dim, spec.norm.eps) if switches.qk_norm else None
-        self.k_norm = RMSNorm(switches.head_dim, spec.norm.eps) if switches.qk_norm else None
+        self.q_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
+        self.k_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
         self.k_scale: Tensor | None
         self.v_scale: Tensor | None
         self.register_buffer("k_scale", None)
         self.register_buffer("v_scale", None)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        """x [batch, new, hidden]; rotation: cos and sin of the new positions, [new, head_dim / 2]."""
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+        """x [batch, new, hidden]."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.k_scale is not None and self.v_scale is not None:
             k, v = through_int8(k, self.k_scale), through_int8(v, self.v_scale)
         if cache is not None:
@@ -136,33 +160,70 @@ def through_int8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x)))."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, inner: int) -> None:
         super().__init__()
-        inner, bias = spec.mlp.intermediate_size, spec.mlp.bias
-        self.gate = nn.Linear(spec.hidden_size, inner, bias=bias)
+        bias = spec.mlp.bias
+        self.activation = ACTIVATIONS[spec.mlp.activation]
+        self.gate = nn.Linear(spec.hidden_size, inner, bias=bias) if spec.mlp.gated else None
         self.up = nn.Linear(spec.hidden_size, inner, bias=bias)
         self.down = nn.Linear(inner, spec.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        if self.gate is None:
+            out: Tensor = self.down(self.activation(self.up(x)))
+        else:
+            out = self.down(self.activation(self.gate(x)) * self.up(x))
         return out
 
 
+class Mixture(nn.Module):
+    """The experts that a router chooses for each token, see `llmc.spec.Moe`."""
+
+    def __init__(self, spec: ModelSpec, moe: Moe) -> None:
+        super().__init__()
+        self.top_k, self.renormalise = moe.top_k, moe.renormalise
+        self.router = nn.Linear(spec.hidden_size, moe.num_experts, bias=False)
+        self.experts = nn.ModuleList(Mlp(spec, moe.intermediate_size) for _ in range(moe.num_experts))
+        self.shared = Mlp(spec, moe.shared_size) if moe.shared_size else None
+        self.shared_gate = nn.Linear(spec.hidden_size, 1, bias=False) if moe.shared_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        weights, chosen = self.router(rows).float().softmax(-1).topk(self.top_k)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == index)
+            out = out.index_add(0, row, expert(rows[row]) * weights[row, place, None].to(x.dtype))
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + self.shared_gate(rows).sigmoid() * self.shared(rows)
+        return out.view_as(x)
+
+
 class Layer(nn.Module):
-    """Attention and MLP, each normalised before and added to the residual stream after."""
+    """Attention and MLP (or a mixture of them), each added to the residual stream, and normalised before or after."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(spec.hidden_size, spec.norm.eps)
+        self.norms_after = spec.norm.order == "after"
+        self.attn_norm = norm(spec, spec.hidden_size)
         self.attn = Attention(spec, layer)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm.eps)
-        self.mlp = Mlp(spec)
+        self.mlp_norm = norm(spec, spec.hidden_size)
+        moe = spec.experts(layer)
+        self.mixer = "moe" if moe else "mlp"
+        self.add_module(self.mixer, Mixture(spec, moe) if moe else Mlp(spec, spec.mlp.intermediate_size))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotation, cache)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+        mixer = self.get_submodule(self.mixer)
+        if self.norms_after:
+            x = self.attn_norm(x + self.attn(x, rotation, cache))
+            out: Tensor = self.mlp_norm(x + mixer(x))
+        else:
+            x = x + self.attn(self.attn_norm(x), rotation, cache)
+            out = x + mixer(self.mlp_norm(x))
         return out
 
 
@@ -172,10 +233,15 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        hidden, width = spec.hidden_size, spec.embedding_size or spec.hidden_size
+        self.embed = nn.Embedding(spec.vocab_size, width)
+        self.embed_in = nn.Linear(width, hidden, bias=False) if spec.embedding_size else None
+        if isinstance(spec.position, Learned):
+            self.positions = nn.Embedding(spec.position.offset + spec.max_positions, hidden)
         self.layers = nn.ModuleList(Layer(spec, layer) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
-        self.head = None if spec.tied else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.norm = norm(spec, hidden) if spec.norm.order == "before" else None
+        self.embed_out = nn.Linear(hidden, width, bias=False) if spec.embedding_size else None
+        self.head = None if spec.tied else nn.Linear(width, spec.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """Logits of every token.
@@ -197,16 +263,25 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """As `forward`, up to the head: [batch, new, hidden_size]."""
         past = cache.length if cache else 0
-        x = self.embed(tokens)
-        cos, sin = rope.rotary_table(self.spec, past + tokens.shape[1], context=context)
-        rotation = torch.from_numpy(cos[past:]).to(x), torch.from_numpy(sin[past:]).to(x)
+        length = past + tokens.shape[1]
+        x, rotation = self.embed(tokens), None
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        match self.spec.position:
+            case Learned(offset=offset):
+                x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))
+            case Rope():
+                cos, sin = rope.rotary_table(self.spec, length, context=context)
+                rotation = torch.from_numpy(cos[past:]).to(x), torch.from_numpy(sin[past:]).to(x)
         for layer in self.layers:
             x = layer(x, rotation, cache)
-        out: Tensor = self.norm(x)
+        out: Tensor = x if self.norm is None else self.norm(x)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., hidden_size] -> float32 [..., vocab_size]."""
+        if self.embed_out is not None:
+            hidden = self.embed_out(hidden)
         weight = self.embed.weight if self.head is None else self.head.weight
         return functional.linear(hidden, weight).float()
 

@@ -35,7 +35,7 @@ def rotary_table(spec: ModelSpec, length: int, *, context: int | None = None) ->
     Returns:
         cos, sin: float32 [length, head_dim / 2].
     """
-    frequencies, factor = inverse_frequencies(spec.position, spec.attention.head_dim, context or length)
+    frequencies, factor = inverse_frequencies(spec.rope, spec.attention.head_dim, context or length)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return _rounded(np.cos(angles.astype(np.float64))) * factor, _rounded(np.sin(angles.astype(np.float64))) * factor
 

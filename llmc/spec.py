@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from llmc.config import Strict
 
 
 class Norm(Strict):
-    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32."""
+    """The statistics are in fp32.
 
-    kind: Literal["rms"] = "rms"
+    rms: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019).
+    layer: (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (Ba et al. 2016).
+
+    Attributes:
+        order: Of each attention and each MLP the input is normalised, and so is what the last layer gives ("before");
+            or the sum of its output and the residual stream is, and nothing at the end ("after", as in Vaswani et al.
+            2017).
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
     eps: PositiveFloat
+    order: Literal["before", "after"] = "before"
 
 
 class LinearScaling(Strict):
@@ -82,6 +92,20 @@ class Rope(Strict):
     scaling: Scaling | None = None
 
 
+class Learned(Strict):
+    """A vector for each position, added to the token's embedding.
+
+    Attributes:
+        offset: The row of the first position; those before it are never used.
+    """
+
+    kind: Literal["learned"] = "learned"
+    offset: NonNegativeInt = 0
+
+
+Position = Annotated[Rope | Learned, Field(discriminator="kind")]
+
+
 class Attention(Strict):
     """Grouped-query attention.
 
@@ -111,11 +135,41 @@ class Attention(Strict):
 
 
 class Mlp(Strict):
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or, when not gated, down(activation(up(x))).
+
+    `gelu` is exact, `gelu_tanh` its approximation (Hendrycks and Gimpel 2016).
+    """
 
     intermediate_size: PositiveInt
-    activation: Literal["silu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
     bias: bool = False
+
+
+class Moe(Strict):
+    """A mixture of experts in place of the MLP: each token goes through the `top_k` experts of the highest scores, and
+    the softmax of all scores weighs what they give (Shazeer et al. 2017; Fedus et al. 2021).
+
+    Attributes:
+        intermediate_size: Of an expert, which is an MLP with the model's activation.
+        renormalise: The weights of the chosen experts are divided by their sum.
+        shared_size: The intermediate size of one more expert, which every token goes through, times the sigmoid of a
+            score of its own; None where there is none.
+        dense_layers: Layers that have a plain MLP all the same.
+    """
+
+    num_experts: PositiveInt
+    top_k: PositiveInt
+    intermediate_size: PositiveInt
+    renormalise: bool = True
+    shared_size: PositiveInt | None = None
+    dense_layers: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Moe:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        return self
 
 
 class ModelSpec(Strict):
@@ -126,6 +180,8 @@ class ModelSpec(Strict):
         vocab_size: Rows of the embedding and of the head.
         max_positions: The longest context that the model was made for, tokens.
         tied: The head is the embedding, and no `head.weight` exists.
+        embedding_size: Width of the embedding and of the head, where linears lead from it to the hidden size and back;
+            None where it is the hidden size.
     """
 
     family: str
@@ -134,14 +190,37 @@ class ModelSpec(Strict):
     num_layers: PositiveInt
     max_positions: PositiveInt
     norm: Norm
-    position: Rope
+    position: Position
     attention: Attention
     mlp: Mlp
+    moe: Moe | None = None
     tied: bool = False
+    embedding_size: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _experts_are_gated(self) -> ModelSpec:
+        if self.moe and (self.mlp.bias or not self.mlp.gated):
+            raise ValueError("experts are gated and have no biases: 'moe' does not go with such an 'mlp'")
+        return self
+
+    def experts(self, layer: int) -> Moe | None:
+        """The mixture of experts of a layer, None where it has a plain MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, None where it sees everything."""
         return None if layer in self.attention.full_layers else self.attention.window
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding.
+
+        Raises:
+            ValueError: The model has another kind of positions.
+        """
+        if not isinstance(self.position, Rope):
+            raise ValueError(f"positions of kind '{self.position.kind}' turn nothing")
+        return self.position
 
     @property
     def q_size(self) -> int:

@@ -42,34 +42,62 @@ BASE: dict[str, Any] = {
 }
 
 
+GPT2_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+OPT_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "word_embed_proj_dim": 64,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One tiny model.
 
     Attributes:
         model_type: transformers' name of the family.
-        config: What differs from `BASE`.
+        config: What differs from `base`.
         seed: Of the weights.
+        base: The sizes, as this family's config names them.
     """
 
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    base: dict[str, Any] = field(default_factory=lambda: BASE)
 
     def build(self) -> Any:
         """The model, in float32, ready to be called: a fresh one each time."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(self.model_type, **{**BASE, **json.loads(json.dumps(self.config))})
+        config = AutoConfig.for_model(self.model_type, **{**self.base, **json.loads(json.dumps(self.config))})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                if name.endswith("norm.weight"):
+                if name.endswith(("norm.weight", "layernorm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
                     parameter.copy_(1.2 + 0.4 * noise)
-                elif "embed" in name:
+                elif any(part in name for part in ("embed", "wte.", "wpe.")):
                     parameter.copy_(0.4 * noise)
                 else:
                     parameter.copy_(0.18 * noise)
@@ -82,6 +110,7 @@ def _scaled(**rope: Any) -> Case:
 
 
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 3}
 
 TINY: dict[str, Case] = {
@@ -129,6 +158,43 @@ TINY: dict[str, Case] = {
     ),
     "qwen3": Case("qwen3", {"head_dim": 32}),
     "qwen3-tied": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": Case("mixtral", {"num_local_experts": 4}),
+    "qwen2-moe": Case(
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 64,
+            "mlp_only_layers": [1],
+            "num_hidden_layers": 3,
+        },
+    ),
+    "qwen2-moe-window": Case(
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            **_WINDOW,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3-moe": Case("qwen3_moe", {**_EXPERTS, "num_experts": 5, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3-moe-sparse": Case(
+        "qwen3_moe", {**_EXPERTS, "num_experts": 4, "head_dim": 16, "decoder_sparse_step": 2, "num_hidden_layers": 4}
+    ),
+    "mixtral-window": Case("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8}),
+    "gpt2": Case("gpt2", base=GPT2_BASE),
+    "gpt2-untied": Case(
+        "gpt2",
+        {"tie_word_embeddings": False, "n_inner": 96, "n_layer": 3, "activation_function": "gelu"},
+        base=GPT2_BASE,
+    ),
+    "opt": Case("opt", base=OPT_BASE),
+    "opt-350m": Case("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, base=OPT_BASE),
+    "opt-untied-gelu": Case("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}, base=OPT_BASE),
     "qwen3-bias-window": Case("qwen3", {**_WINDOW, "head_dim": 16, "max_window_layers": 2, "attention_bias": True}),
 }
 

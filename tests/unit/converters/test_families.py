@@ -162,6 +162,45 @@ def test_what_is_not_supported_is_refused_by_name_and_value(changes: dict[str, A
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("gpt2", {"activation_function": "quick_gelu"}, ["'activation_function'", "'quick_gelu'"]),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["'scale_attn_by_inverse_layer_idx'", "True"]),
+        ("gpt2", {"scale_attn_weights": False}, ["'scale_attn_weights'", "False"]),
+        ("gpt2", {"n_ctx": 77}, ["'n_ctx'", "77", "256"]),
+        ("gpt2", {"add_cross_attention": True}, ["'add_cross_attention'", "True"]),
+        ("gpt2", {"rope_theta": 10000.0}, ["'rope_theta'"]),
+        ("opt", {"activation_function": "silu"}, ["'activation_function'", "'silu'"]),
+        ("opt", {"enable_bias": False}, ["'enable_bias'", "False"]),
+        ("opt", {"_remove_final_layer_norm": True}, ["'_remove_final_layer_norm'", "True"]),
+        ("opt", {"layer_norm_elementwise_affine": False}, ["'layer_norm_elementwise_affine'", "False"]),
+        ("gpt2", {"n_head": 5}, ["5 heads", "64"]),
+    ],
+)
+def test_what_the_other_families_refuse(
+    name: str, changes: dict[str, Any], said: list[str], tiny_source: Callable[[str], Path]
+) -> None:
+    config = json.loads((tiny_source(name) / "config.json").read_text(encoding="utf-8"))
+    with pytest.raises(UnsupportedModelError) as caught:
+        families.read_spec({**config, **changes}, "config.json")
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_the_published_config_of_gpt2_is_read() -> None:
+    config = {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+        "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+    }  # fmt: skip
+    spec = families.read_spec(config, "config.json")[1]
+    assert (spec.mlp.intermediate_size, spec.mlp.activation, spec.tied) == (3072, "gelu_tanh", True)
+
+
 def test_a_setting_of_another_family_is_refused() -> None:
     assert "'attention_bias'" in refused("MistralForCausalLM", attention_bias=True)
     assert "'mlp_bias'" in refused("Qwen2ForCausalLM", mlp_bias=True)
@@ -174,13 +213,13 @@ def test_training_and_bookkeeping_settings_are_passed_over() -> None:
 
 
 def test_another_architecture_is_refused_with_those_that_there_are() -> None:
-    message = refused("GPT2LMHeadModel")
-    for part in ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"):
+    message = refused("T5ForConditionalGeneration")
+    for part in ("T5ForConditionalGeneration", "LlamaForCausalLM", "Qwen3ForCausalLM"):
         assert part in message
     with pytest.raises(UnsupportedModelError, match="architectures"):
         families.read_spec({}, "config.json")
-    with pytest.raises(UnsupportedModelError, match="'gpt2'"):
-        families.by_name("gpt2")
+    with pytest.raises(UnsupportedModelError, match="'t5'"):
+        families.by_name("t5")
 
 
 def test_the_older_spelling_of_a_scaling_is_read() -> None:

@@ -25,7 +25,9 @@ UNSAYABLE = {
     *("llama-dynamic", "llama-longrope", "llama-yarn-mscale", "llama-yarn-no-truncate"),
     *("qwen2-window", "qwen3-bias-window"),
 }
-SAYABLE = [name for name in tiny.TINY if name not in UNSAYABLE]
+SAYABLE = [
+    name for name, case in tiny.TINY.items() if case.model_type in tiny_gguf.ARCHITECTURES and name not in UNSAYABLE
+]
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -1,0 +1,40 @@
+"""Operations of rules that several families share; each is exact both ways.
+
+Knows: how arrays are cut, joined and turned. Does not know: names, nor any family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmc.converters.rules import SAME, Op
+from llmc.names import Shape
+from llmc.spec import ModelSpec
+from llmc.tensors import Array
+
+
+def _cut(source: Array, shapes: Sequence[Shape], _spec: ModelSpec) -> list[Array]:
+    return np.split(source, np.cumsum([shape[0] for shape in shapes])[:-1])
+
+
+def _stacked_shape(shapes: Sequence[Shape]) -> Shape:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+# Linears (or their biases) of the same input, one's outputs after the other's.
+STACKED = Op(split=_cut, join=lambda parts, _spec: np.concatenate(parts), source_shape=_stacked_shape)
+
+
+def transposed(op: Op) -> Op:
+    """`op` of a source that keeps its linears as [in, out]."""
+    return Op(
+        split=lambda source, shapes, spec: [np.ascontiguousarray(part) for part in op.split(source.T, shapes, spec)],
+        join=lambda parts, spec: np.ascontiguousarray(op.join(parts, spec).T),
+        source_shape=lambda shapes: op.source_shape(shapes)[::-1],
+    )
+
+
+# A linear as [in, out]: transformers' Conv1D, and all of Paddle's.
+TRANSPOSED = transposed(SAME)

@@ -1,0 +1,39 @@
+"""llmc.converters.ops: cut, join and turn, exactly, both ways."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmc.converters.ops import STACKED, TRANSPOSED, transposed
+from llmc.converters.rules import Op
+from llmc.spec import ModelSpec
+
+SHAPES = {"weight": [(4, 6), (2, 6), (2, 6)], "bias": [(4,), (2,), (2,)]}
+
+
+def spec() -> ModelSpec:
+    return ModelSpec.model_validate_json(
+        """{"family": "x", "vocab_size": 8, "hidden_size": 6, "num_layers": 1, "max_positions": 8, "norm": {"eps": 1},
+        "position": {"kind": "rope"}, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 2},
+        "mlp": {"intermediate_size": 8}}"""
+    )
+
+
+@pytest.mark.parametrize("op", [STACKED, transposed(STACKED)])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_cut_and_joined(op: Op, kind: str) -> None:
+    shapes = SHAPES[kind]
+    source = np.random.default_rng(0).standard_normal(op.source_shape(shapes)).astype(np.float16)
+    parts = op.split(source, shapes, spec())
+    assert [part.shape for part in parts] == shapes
+    np.testing.assert_array_equal(op.join(parts, spec()), source)
+
+
+def test_what_is_cut_where() -> None:
+    source = np.arange(48).reshape(8, 6)
+    np.testing.assert_array_equal(STACKED.split(source, SHAPES["weight"], spec())[1], source[4:6])
+    np.testing.assert_array_equal(transposed(STACKED).split(source.T, SHAPES["weight"], spec())[1], source[4:6])
+    (turned,) = TRANSPOSED.split(source.T, [(8, 6)], spec())
+    np.testing.assert_array_equal(turned, source)
+    assert turned.flags.c_contiguous

@@ -23,14 +23,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llmc import names, rope
+from llmc import alibi, names, rope
 from llmc.builders import onnx_moe
 from llmc.builders.onnx_graph import MICROSOFT, Graph
 from llmc.builders.onnx_linear import Lowering, path
+from llmc.errors import UnsupportedModelError
 from llmc.recipe import QuantRecipe
-from llmc.spec import Learned, ModelSpec, Rope
+from llmc.spec import Alibi, Learned, ModelSpec, Rope
 
 FLOAT, INT8, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
+
+# GroupQueryAttention's CPU kernel wants tables whose rows are multiples of 8 pairs.
+_TURNED_UNIT = 16
 
 # Kind of norm -> the operator alone, and with an addition before it.
 _NORMS = {
@@ -78,7 +82,7 @@ def draw(
 
     flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")
     x = decoder.embed(flat)
-    out = decoder.layers(x) if spec.norm.order == "before" else decoder.layers_with_norms_after(x)
+    out = decoder.layers(x) if spec.norm.order != "after" else decoder.layers_with_norms_after(x)
     sampled = graph.call("Gather", [out, rows], "/rows")
     if spec.embedding_size:
         sampled = lowering.linear(sampled, "embed_out")
@@ -99,6 +103,11 @@ class _Decoder:
         self.total = graph.input("total_sequence_length", INT32, [])
         self.rotary: list[ir.Value | None] = [None, None]
         if isinstance(spec.position, Rope):
+            if spec.position.size(spec.attention.head_dim) % _TURNED_UNIT:
+                raise UnsupportedModelError(
+                    f"{spec.position.size(spec.attention.head_dim)} dimensions of each head are turned; the attention "
+                    f"operator of ONNX Runtime turns multiples of {_TURNED_UNIT}"
+                )
             self.rotary = [
                 graph.weight(f"rotary.{name}", np.float32, table.shape, table.copy)
                 for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length), strict=True)
@@ -114,24 +123,54 @@ class _Decoder:
         self.shape = graph.call("Shape", [tokens], "/shape")
         self.batched = graph.call("Concat", [self.shape, graph.constant("/rest", np.array([-1]))], "/batched", axis=0)
         self.flat = graph.constant("/flat", np.array([-1, spec.q_size]))
+        self.bias = self.linear_biases() if isinstance(spec.position, Alibi) else None
 
     def embed(self, tokens: ir.Value) -> ir.Value:
         """What the first layer is given of the tokens [batch * length]."""
         x = self.lowering.embedding(tokens, "embed")
         if self.spec.embedding_size:
             x = self.lowering.linear(x, "embed_in")
+        if self.spec.norm.embedding:
+            x = self.norm(x, "embed_norm")
         if isinstance(self.spec.position, Learned):
             x = self.graph.call("Add", [x, self.positions(self.spec.position.offset)], "/positions/added")
         return x
+
+    def linear_biases(self) -> ir.Value:
+        """ALiBi: what is added to scores, [1, heads, length, total].
+
+        The distance to a key is counted from the longest sequence's last token, for all queries alike: what they are
+        too far is the same for all keys of a query, and softmax takes it out.
+        """
+        graph = self.graph
+
+        def number(name: str, values: Any) -> ir.Value:
+            return graph.constant(f"/alibi/{name}", np.array(values))
+
+        total = graph.call("Cast", [self.total], "/alibi/total", to=INT64)
+        keys = graph.call("Range", [number("zero", 0), total, number("one", 1)], "/alibi/keys")
+        last = graph.call("Sub", [total, number("step", 1)], "/alibi/last")
+        distances = graph.call("Cast", [graph.call("Sub", [last, keys], "/alibi/distances")], "/alibi/far", to=FLOAT)
+        slopes = -alibi.slopes(self.spec.attention.num_heads).reshape(1, -1, 1, 1)
+        row = graph.call("Mul", [distances, graph.constant("/alibi/slopes", slopes)], "/alibi/row")
+        length = graph.call("Gather", [self.shape, number("axis", [1])], "/alibi/length")
+        shape = graph.call("Concat", [number("ones", [1, 1]), length, number("any", [1])], "/alibi/shape", axis=0)
+        return graph.call("Expand", [row, shape], "/alibi")
 
     def layers(self, x: ir.Value) -> ir.Value:
         """All layers, and the norm at the end."""
         normed = self.norm(x, "layers.0.attn_norm")
         for layer in range(self.spec.num_layers):
             following = f"layers.{layer + 1}.attn_norm" if layer + 1 < self.spec.num_layers else "norm"
-            normed, x = self.add_norm(x, self.attention(normed, layer), f"layers.{layer}.mlp_norm")
-            normed, x = self.add_norm(x, self.mix(normed, layer), following)
+            mixed = self.post_norm(self.attention(normed, layer), f"layers.{layer}.attn_post_norm")
+            normed, x = self.add_norm(x, mixed, f"layers.{layer}.mlp_norm")
+            mixed = self.post_norm(self.mix(normed, layer), f"layers.{layer}.mlp_post_norm")
+            normed, x = self.add_norm(x, mixed, following)
         return normed
+
+    def post_norm(self, x: ir.Value, name: str) -> ir.Value:
+        """An output as it is added to the residual stream."""
+        return self.norm(x, name) if self.spec.norm.order == "both" else x
 
     def layers_with_norms_after(self, x: ir.Value) -> ir.Value:
         """All layers, where the sum is normalised and goes on so."""
@@ -196,17 +235,18 @@ class _Decoder:
         scales: list[ir.Value | None] = []
         if self.kv_int8:
             shape = (1, spec.num_kv_heads, 1, spec.head_dim)
-            scales = [None, None, None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
+            scales = [None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
             quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
         out, key, value = graph.node(
             "GroupQueryAttention",
-            [*self._qkv(x, at), *past, self.seqlens, self.total, *self.rotary, *scales],
+            [*self._qkv(x, at), *past, self.seqlens, self.total, *self.rotary, None, self.bias, *scales],
             path(at),
             domain=MICROSOFT,
             outputs=3,
             num_heads=spec.num_heads,
             kv_num_heads=spec.num_kv_heads,
             do_rotary=int(isinstance(self.spec.position, Rope)),
+            rotary_interleaved=int(isinstance(self.spec.position, Rope) and self.spec.position.interleaved),
             local_window_size=self.spec.window(layer) or -1,
             **quantized,
         )

@@ -43,6 +43,7 @@ def read_classic(
     eps: float,
     activation: Activation,
     norm_order: Literal["before", "after"] = "before",
+    embedding_norm: bool = False,
     embedding_size: int | None = None,
     harmless: frozenset[str] = frozenset(),
 ) -> ModelSpec:
@@ -66,7 +67,7 @@ def read_classic(
         hidden_size=hidden_size,
         num_layers=num_layers,
         max_positions=max_positions,
-        norm=Norm(kind="layer", eps=eps, order=norm_order),
+        norm=Norm(kind="layer", eps=eps, order=norm_order, embedding=embedding_norm),
         position=position,
         attention=Attention(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=hidden_size // num_heads, qkv_bias=True, o_bias=True

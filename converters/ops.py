@@ -38,3 +38,18 @@ def transposed(op: Op) -> Op:
 
 # A linear as [in, out]: transformers' Conv1D, and all of Paddle's.
 TRANSPOSED = transposed(SAME)
+
+
+def _of_heads(source: Array, shapes: Sequence[Shape], spec: ModelSpec) -> list[Array]:
+    heads = source.reshape(spec.attention.num_heads, len(shapes), spec.attention.head_dim, *shapes[0][1:])
+    return [heads[:, index].reshape(shape) for index, shape in enumerate(shapes)]
+
+
+def _by_heads(parts: Sequence[Array], spec: ModelSpec) -> Array:
+    shape = spec.attention.num_heads, spec.attention.head_dim, *parts[0].shape[1:]
+    whole = np.stack([part.reshape(shape) for part in parts], axis=1)
+    return whole.reshape(-1, *parts[0].shape[1:])
+
+
+# q, k and v (or their biases) of the first head, then of the second, and so on: as many of each as there are heads.
+BY_HEADS = Op(split=_of_heads, join=_by_heads, source_shape=_stacked_shape)

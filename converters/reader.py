@@ -60,6 +60,10 @@ class Reader:
             raise UnsupportedModelError(f"{self.where}: '{key}' is {value!r}, expected {expected}")
         return value
 
+    def first(self, *spellings: str) -> str:
+        """Of several names of one setting the one that is there; the first when none is."""
+        return next((key for key in spellings if key in self), spellings[0])
+
     def integer(self, key: str, default: Any = ...) -> int:
         """A whole number; without a default it must be there."""
         value: int = self._take(key, int, "a whole number", default)

@@ -1,9 +1,10 @@
 """The reference decoder: what every engine, converter and quantizer is compared with.
 
-    tokens ─► embed ─► [embed_in] ─► [+ positions] ─► layer 0 ─► ... ─► layer n-1 ─► norm ─► [embed_out] ─► head ─►
+    tokens ─► embed ─► [embed_in] ─► [embed_norm] ─► [+ positions] ─► layer 0 ─► ... ─► layer n-1 ─┐
+                                                      logits ◄─ head ◄─ [embed_out] ◄─ [norm] ◄────┘
 
-    layer:    x ─┬─► attn_norm ─► attn ─(+)─┬─► mlp_norm ─► mlp ─(+)─►
-                 └──────────────────────┘   └─────────────────┘
+    layer:    x ─┬─► attn_norm ─► attn ─► [attn_post_norm] ─(+)─┬─► mlp_norm ─► mlp ─► [mlp_post_norm] ─(+)─►
+                 └───────────────────────────────────────────┘   └─────────────────────────────────────┘
     or:       x ─┬─► attn ─(+)─► attn_norm ─┬─► mlp ─(+)─► mlp_norm ─►
                  └──────────┘               └─────────┘
 
@@ -32,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmc import names, rope
+from llmc import alibi, names, rope
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
 from llmc.quant import pack
-from llmc.spec import Learned, ModelSpec, Moe, Rope
+from llmc.spec import Alibi, Learned, ModelSpec, Moe, Rope
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -45,7 +46,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
 }
 
-# cos and sin of the positions of the new tokens, [new, head_dim / 2]; None where no head is turned.
+# cos and sin of the positions of the new tokens, [new, pairs]; None where no head is turned.
 Rotation = tuple[Tensor, Tensor] | None
 
 
@@ -107,6 +108,8 @@ class Attention(nn.Module):
         super().__init__()
         switches = spec.attention
         self.layer, self.head_dim, self.window = layer, switches.head_dim, spec.window(layer)
+        self.has_alibi = isinstance(spec.position, Alibi)
+        self.interleaved = isinstance(spec.position, Rope) and spec.position.interleaved
         self.q = nn.Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
         self.k = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
         self.v = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
@@ -124,12 +127,14 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = (rotate(y, *rotation, interleaved=self.interleaved) for y in (q, k))
         if self.k_scale is not None and self.v_scale is not None:
             k, v = through_int8(k, self.k_scale), through_int8(v, self.v_scale)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         mask = visible(q.shape[2], k.shape[2], self.window, x.device)
+        if self.has_alibi:
+            mask = linear_biases(q.shape[1], mask).to(x)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
@@ -139,10 +144,24 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of x [..., new, head_dim] by its angle [new, head_dim / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn the pairs of x [..., new, head_dim] by their angles [new, pairs]; what is in no pair stays."""
+    first, second, rest = pairs(x, cos.shape[-1], interleaved=interleaved)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return from_pairs(*turned, rest, interleaved=interleaved)
+
+
+def pairs(x: Tensor, count: int, *, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the second of each of the `count` pairs of a head that are turned, and the dimensions that stay."""
+    turned, rest = x[..., : 2 * count], x[..., 2 * count :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    return first, second, rest
+
+
+def from_pairs(first: Tensor, second: Tensor, rest: Tensor, *, interleaved: bool) -> Tensor:
+    """The inverse of `pairs`."""
+    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
 
 
 def visible(new: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -151,6 +170,15 @@ def visible(new: int, length: int, window: int | None, device: torch.device | No
     queries = keys[length - new :, None]
     mask = keys <= queries
     return mask if window is None else mask & (keys > queries - window)
+
+
+def linear_biases(num_heads: int, mask: Tensor) -> Tensor:
+    """ALiBi: what is added to scores [heads, new, length], minus infinity where `mask` [new, length] is False."""
+    new, length = mask.shape
+    keys = torch.arange(length, device=mask.device)
+    distances = keys[length - new :, None] - keys
+    slopes = torch.from_numpy(alibi.slopes(num_heads)).to(mask.device)
+    return (-slopes[:, None, None] * distances).masked_fill(~mask, -torch.inf)
 
 
 def through_int8(x: Tensor, scale: Tensor) -> Tensor:
@@ -212,6 +240,8 @@ class Layer(nn.Module):
         self.attn_norm = norm(spec, spec.hidden_size)
         self.attn = Attention(spec, layer)
         self.mlp_norm = norm(spec, spec.hidden_size)
+        self.attn_post_norm = norm(spec, spec.hidden_size) if spec.norm.order == "both" else nn.Identity()
+        self.mlp_post_norm = norm(spec, spec.hidden_size) if spec.norm.order == "both" else nn.Identity()
         moe = spec.experts(layer)
         self.mixer = "moe" if moe else "mlp"
         self.add_module(self.mixer, Mixture(spec, moe) if moe else Mlp(spec, spec.mlp.intermediate_size))
@@ -222,8 +252,8 @@ class Layer(nn.Module):
             x = self.attn_norm(x + self.attn(x, rotation, cache))
             out: Tensor = self.mlp_norm(x + mixer(x))
         else:
-            x = x + self.attn(self.attn_norm(x), rotation, cache)
-            out = x + mixer(self.mlp_norm(x))
+            x = x + self.attn_post_norm(self.attn(self.attn_norm(x), rotation, cache))
+            out = x + self.mlp_post_norm(mixer(self.mlp_norm(x)))
         return out
 
 
@@ -236,10 +266,11 @@ class Decoder(nn.Module):
         hidden, width = spec.hidden_size, spec.embedding_size or spec.hidden_size
         self.embed = nn.Embedding(spec.vocab_size, width)
         self.embed_in = nn.Linear(width, hidden, bias=False) if spec.embedding_size else None
+        self.embed_norm = norm(spec, hidden) if spec.norm.embedding else None
         if isinstance(spec.position, Learned):
             self.positions = nn.Embedding(spec.position.offset + spec.max_positions, hidden)
         self.layers = nn.ModuleList(Layer(spec, layer) for layer in range(spec.num_layers))
-        self.norm = norm(spec, hidden) if spec.norm.order == "before" else None
+        self.norm = norm(spec, hidden) if spec.norm.order != "after" else None
         self.embed_out = nn.Linear(hidden, width, bias=False) if spec.embedding_size else None
         self.head = None if spec.tied else nn.Linear(width, spec.vocab_size, bias=False)
 
@@ -267,6 +298,8 @@ class Decoder(nn.Module):
         x, rotation = self.embed(tokens), None
         if self.embed_in is not None:
             x = self.embed_in(x)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         match self.spec.position:
             case Learned(offset=offset):
                 x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))

@@ -2,6 +2,7 @@
 
     embed.weight                          [vocab, hidden]
     embed_{in,out}.weight                 [out, in]                           where the embedding has a size of its own
+    embed_norm.weight                     [hidden]            .bias           where embeddings are normalised
     positions.weight                      [offset + max_positions, hidden]    where positions are learned
     layers.N.attn_norm.weight             [hidden]            .bias [hidden], as of every LayerNorm
     layers.N.attn.{q,k,v,o}.weight        [out, in]           .bias [out]
@@ -12,6 +13,7 @@
     layers.N.moe.experts.E.{gate,up,down}.weight
     layers.N.moe.shared.{gate,up,down}.weight                 where there is a shared expert
     layers.N.moe.shared_gate.weight       [1, hidden]
+    layers.N.{attn,mlp}_post_norm.weight  [hidden]            where outputs are normalised before they are added
     norm.weight                           [hidden]
     head.weight                           [vocab, hidden]     absent when tied
 
@@ -36,6 +38,8 @@ def tensors(spec: ModelSpec) -> dict[str, Shape]:
     found: dict[str, Shape] = {"embed.weight": (spec.vocab_size, width)}
     if spec.embedding_size:
         found["embed_in.weight"] = (hidden, width)
+    if spec.norm.embedding:
+        found.update(_norm(spec, "embed_norm", hidden))
     if isinstance(spec.position, Learned):
         found["positions.weight"] = (spec.position.offset + spec.max_positions, hidden)
     for layer in range(spec.num_layers):
@@ -47,12 +51,16 @@ def tensors(spec: ModelSpec) -> dict[str, Shape]:
             if attention.qk_norm and name != "v":
                 found.update(_norm(spec, f"{at}.attn.{name}_norm", attention.head_dim))
         found.update(_linear(f"{at}.attn.o", hidden, spec.q_size, attention.o_bias))
+        if spec.norm.order == "both":
+            found.update(_norm(spec, f"{at}.attn_post_norm", hidden))
         found.update(_norm(spec, f"{at}.mlp_norm", hidden))
         if moe := spec.experts(layer):
             found.update(_moe(spec, f"{at}.moe", moe))
         else:
             found.update(_mlp(spec, f"{at}.mlp", spec.mlp.intermediate_size))
-    if spec.norm.order == "before":
+        if spec.norm.order == "both":
+            found.update(_norm(spec, f"{at}.mlp_post_norm", hidden))
+    if spec.norm.order != "after":
         found.update(_norm(spec, "norm", hidden))
     if spec.embedding_size:
         found["embed_out.weight"] = (width, hidden)
@@ -149,7 +157,7 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
         shared = spec.attention.num_heads // spec.attention.num_kv_heads
         groups.append(SmoothingGroup(f"{attn}.v", (f"{attn}.o",), repeat=shared))
         # A norm that stands after an addition is read by the next addition as well.
-        if spec.norm.order == "before":
+        if spec.norm.order != "after":
             groups += [
                 SmoothingGroup(f"{attn}_norm", (f"{attn}.q", f"{attn}.k", f"{attn}.v")),
                 SmoothingGroup(f"layers.{layer}.mlp_norm", readers + _routers(spec, layer)),

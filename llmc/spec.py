@@ -21,14 +21,16 @@ class Norm(Strict):
     layer: (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (Ba et al. 2016).
 
     Attributes:
+        embedding: The embeddings are normalised as well, before the first layer.
         order: Of each attention and each MLP the input is normalised, and so is what the last layer gives ("before");
             or the sum of its output and the residual stream is, and nothing at the end ("after", as in Vaswani et al.
-            2017).
+            2017); or as "before", and its output as well before it is added ("both").
     """
 
     kind: Literal["rms", "layer"] = "rms"
     eps: PositiveFloat
-    order: Literal["before", "after"] = "before"
+    embedding: bool = False
+    order: Literal["before", "after", "both"] = "before"
 
 
 class LinearScaling(Strict):
@@ -85,11 +87,22 @@ Scaling = Annotated[
 
 
 class Rope(Strict):
-    """Rotary position embedding (Su et al. 2021) of the whole head, the head's halves forming the pairs."""
+    """Rotary position embedding (Su et al. 2021).
+
+    Attributes:
+        fraction: How much of a head is turned: its first dimensions.
+        interleaved: Neighbours form the pairs; else the halves of what is turned do.
+    """
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = 10000.0
     scaling: Scaling | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interleaved: bool = False
+
+    def size(self, head_dim: int) -> int:
+        """How many dimensions of a head are turned."""
+        return int(head_dim * self.fraction)
 
 
 class Learned(Strict):
@@ -103,7 +116,14 @@ class Learned(Strict):
     offset: NonNegativeInt = 0
 
 
-Position = Annotated[Rope | Learned, Field(discriminator="kind")]
+class Alibi(Strict):
+    """Attention with linear biases (Press et al. 2022): a score falls with the distance to its key, by a slope of its
+    head (llmc/alibi.py)."""
+
+    kind: Literal["alibi"] = "alibi"
+
+
+Position = Annotated[Rope | Learned | Alibi, Field(discriminator="kind")]
 
 
 class Attention(Strict):
@@ -201,6 +221,14 @@ class ModelSpec(Strict):
     def _experts_are_gated(self) -> ModelSpec:
         if self.moe and (self.mlp.bias or not self.mlp.gated):
             raise ValueError("experts are gated and have no biases: 'moe' does not go with such an 'mlp'")
+        return self
+
+    @model_validator(mode="after")
+    def _turned_in_pairs(self) -> ModelSpec:
+        if isinstance(self.position, Rope):
+            size = self.position.size(self.attention.head_dim)
+            if size < 2 or size % 2:
+                raise ValueError(f"{size} of {self.attention.head_dim} dimensions of a head cannot be turned in pairs")
         return self
 
     def experts(self, layer: int) -> Moe | None:

@@ -68,6 +68,18 @@ OPT_BASE: dict[str, Any] = {
 }
 
 
+BLOOM_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "seq_length": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One tiny model.
@@ -110,6 +122,7 @@ def _scaled(**rope: Any) -> Case:
 
 
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+_QUARTER = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 3}
 
@@ -158,6 +171,9 @@ TINY: dict[str, Case] = {
     ),
     "qwen3": Case("qwen3", {"head_dim": 32}),
     "qwen3-tied": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "glm": Case("glm", {"head_dim": 32}),
+    "glm-tied": Case("glm", {"head_dim": 64, "attention_bias": False, "tie_word_embeddings": True, **_QUARTER}),
+    "glm4": Case("glm4", {"head_dim": 32, "num_hidden_layers": 3}),
     "mixtral": Case("mixtral", {"num_local_experts": 4}),
     "qwen2-moe": Case(
         "qwen2_moe",
@@ -195,6 +211,9 @@ TINY: dict[str, Case] = {
     "opt": Case("opt", base=OPT_BASE),
     "opt-350m": Case("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, base=OPT_BASE),
     "opt-untied-gelu": Case("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}, base=OPT_BASE),
+    "bloom": Case("bloom", base=BLOOM_BASE),
+    "bloom-6-heads": Case("bloom", {"hidden_size": 96, "n_head": 6, "n_layer": 3}, base=BLOOM_BASE),
+    "bloom-untied": Case("bloom", {"tie_word_embeddings": False}, base=BLOOM_BASE),
     "qwen3-bias-window": Case("qwen3", {**_WINDOW, "head_dim": 16, "max_window_layers": 2, "attention_bias": True}),
 }
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmc.model import Decoder, KVCache
+from llmc.model import Decoder, KVCache, from_pairs, pairs
 from llmc.quant.pack import Floats
 from llmc.runtime import Tokens
-from llmc.spec import Rope
+from llmc.spec import Position, Rope
 
 HIGHEST_CODE = 127
 
@@ -30,18 +30,19 @@ HIGHEST_CODE = 127
 class _Watcher(KVCache):
     """Keeps no keys and values, only each channel's largest magnitude: layer -> [kv_heads, head_dim]."""
 
-    def __init__(self, rotated: bool) -> None:
+    def __init__(self, position: Position) -> None:
         super().__init__()
-        self.rotated = rotated
+        self.position = position
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         reach = k.abs()
-        if self.rotated:
-            first, second = k.chunk(2, dim=-1)
-            pairs = torch.hypot(first, second)
-            reach = torch.cat((pairs, pairs), dim=-1)
+        if isinstance(self.position, Rope):
+            interleaved, count = self.position.interleaved, self.position.size(k.shape[-1]) // 2
+            first, second, rest = pairs(reach, count, interleaved=interleaved)
+            length = torch.hypot(first, second)
+            reach = from_pairs(length, length, rest, interleaved=interleaved)
         for seen, values in ((self.k, reach), (self.v, v.abs())):
             largest = values.amax(dim=(0, 2))
             seen[layer] = torch.maximum(seen.get(layer, largest), largest)
@@ -60,7 +61,7 @@ def kv_scales(
     Returns:
         `layers.N.attn.k_scale` and `.v_scale`, float32 [kv_size].
     """
-    watcher = _Watcher(rotated=isinstance(decoder.spec.position, Rope))
+    watcher = _Watcher(decoder.spec.position)
     with torch.inference_mode():
         for done, window in enumerate(windows):
             decoder.hidden(torch.from_numpy(window)[None], cache=watcher)

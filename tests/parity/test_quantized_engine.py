@@ -43,6 +43,7 @@ CASES = {
     "a group wider than the model": ("mistral-window", recipe(8, 128)),
     "some matrices kept": ("llama", recipe(4, 32, keep=("head", "layers.0.*"))),
     "the embedding kept": ("llama-tied", recipe(8, 32, keep=("embed",))),
+    "a norm of the embedding, and linear biases": ("bloom", recipe(4, 32)),
     "learned positions stay as they are": ("gpt2", recipe(4, 32)),
     "no gate, and a head of its own": ("gpt2-untied", recipe(8, 32, symmetric=False)),
     "an embedding of a size of its own": ("opt-350m", recipe(4, 32)),

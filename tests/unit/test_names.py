@@ -25,7 +25,7 @@ CASES = [
     "qwen2-moe",
     "gpt2",
 ]
-CASES += ["opt", "opt-350m"]
+CASES += ["opt", "opt-350m", "bloom-6-heads"]
 
 
 @pytest.fixture(params=CASES)

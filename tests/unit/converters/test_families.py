@@ -175,6 +175,9 @@ def test_what_is_not_supported_is_refused_by_name_and_value(changes: dict[str, A
         ("opt", {"enable_bias": False}, ["'enable_bias'", "False"]),
         ("opt", {"_remove_final_layer_norm": True}, ["'_remove_final_layer_norm'", "True"]),
         ("opt", {"layer_norm_elementwise_affine": False}, ["'layer_norm_elementwise_affine'", "False"]),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, ["'apply_residual_connection_post_layernorm'"]),
+        ("bloom", {"n_inner": 100}, ["'n_inner'", "100", "256"]),
+        ("bloom", {"hidden_act": "relu"}, ["'hidden_act'", "'relu'"]),
         ("gpt2", {"n_head": 5}, ["5 heads", "64"]),
     ],
 )
@@ -199,6 +202,20 @@ def test_the_published_config_of_gpt2_is_read() -> None:
     }  # fmt: skip
     spec = families.read_spec(config, "config.json")[1]
     assert (spec.mlp.intermediate_size, spec.mlp.activation, spec.tied) == (3072, "gelu_tanh", True)
+
+
+def test_the_published_config_of_bloom_is_read() -> None:
+    config = {
+        "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
+        "architectures": ["BloomModel"], "bias_dropout_fusion": True, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True,
+        "model_type": "bloom", "n_embed": 1024, "n_inner": None, "n_layer": 24, "num_attention_heads": 16,
+        "offset_alibi": 100, "pad_token_id": 3, "pretraining_tp": 1, "seq_length": 2048, "skip_bias_add": True,
+        "skip_bias_add_qkv": False, "transformers_version": "4.20.0", "unk_token_id": 0, "use_cache": True,
+        "vocab_size": 250880,
+    }  # fmt: skip
+    spec = families.read_spec(config, "config.json")[1]
+    assert (spec.hidden_size, spec.mlp.intermediate_size, spec.attention.num_heads) == (1024, 4096, 16)
 
 
 def test_a_setting_of_another_family_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmc.converters.ops import STACKED, TRANSPOSED, transposed
+from llmc.converters.ops import BY_HEADS, STACKED, TRANSPOSED, transposed
 from llmc.converters.rules import Op
 from llmc.spec import ModelSpec
 
@@ -28,6 +28,20 @@ def test_cut_and_joined(op: Op, kind: str) -> None:
     parts = op.split(source, shapes, spec())
     assert [part.shape for part in parts] == shapes
     np.testing.assert_array_equal(op.join(parts, spec()), source)
+
+
+@pytest.mark.parametrize("op", [BY_HEADS, transposed(BY_HEADS)])
+@pytest.mark.parametrize("rest", [(6,), ()])
+def test_heads_cut_and_joined(op: Op, rest: tuple[int, ...]) -> None:
+    shapes = [(4, *rest)] * 3
+    source = np.random.default_rng(0).standard_normal(op.source_shape(shapes)).astype(np.float16)
+    np.testing.assert_array_equal(op.join(op.split(source, shapes, spec()), spec()), source)
+
+
+def test_where_heads_are_cut() -> None:
+    """Two heads of two: q of head 0, k of head 0, v of head 0, q of head 1 ..."""
+    q, k, v = BY_HEADS.split(np.arange(12), [(4,)] * 3, spec())
+    assert (q.tolist(), k.tolist(), v.tolist()) == ([0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11])
 
 
 def test_what_is_cut_where() -> None:

@@ -6,12 +6,12 @@ the family has and others lack.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from llmc.converters.reader import HARMLESS, Reader
-from llmc.converters.rope_config import DEFAULT_THETA, read_rope, write_rope
+from llmc.converters.rope_config import PLAIN, read_rope, write_rope
 from llmc.errors import UnsupportedModelError
-from llmc.spec import Attention, Mlp, ModelSpec, Moe, Norm
+from llmc.spec import Alibi, Attention, Mlp, ModelSpec, Moe, Norm, Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -29,8 +29,11 @@ def read_decoder(
     o_bias: bool = False,
     mlp_bias: bool = False,
     eps: float = 1e-6,
-    theta: float = DEFAULT_THETA,
+    rope: Rope = PLAIN,
+    norms: Literal["before", "both"] = "before",
     moe: Moe | None = None,
+    alibi: bool = False,
+    normalised_head: bool = False,
 ) -> ModelSpec:
     """Read what is common, take the rest from the arguments, and refuse what is left over.
 
@@ -40,13 +43,18 @@ def read_decoder(
         head_dim: When the config does not say; None means hidden size over heads.
         window: The sliding window and the layers that see all in spite of it.
         eps: Of the norms, when the config does not say.
-        theta: Of the rotary embedding, when the config does not say.
+        rope: The rotary embedding, when the config does not say.
+        alibi: There is none, and linear biases in its place.
 
     Raises:
         UnsupportedModelError: A setting is missing, misspelt, of the wrong type or of an unsupported value.
     """
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    position, reach = read_rope(reader, reader.integer("max_position_embeddings", max_positions), theta)
+    position, reach = (
+        (Alibi(), max_positions)
+        if alibi
+        else read_rope(reader, reader.integer("max_position_embeddings", max_positions), rope)
+    )
     activation = reader.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"{reader.where}: 'hidden_act' is {activation!r}; llmc supports 'silu' alone")
@@ -60,7 +68,7 @@ def read_decoder(
         hidden_size=hidden_size,
         num_layers=reader.integer("num_hidden_layers"),
         max_positions=reach,
-        norm=Norm(eps=reader.number("rms_norm_eps", eps)),
+        norm=Norm(eps=reader.number("rms_norm_eps", eps), order=norms),
         position=position,
         attention=Attention(
             num_heads=num_heads,
@@ -75,6 +83,7 @@ def read_decoder(
         mlp=Mlp(intermediate_size=reader.integer("intermediate_size"), bias=mlp_bias),
         moe=moe,
         tied=reader.flag("tie_word_embeddings"),
+        normalised_head=normalised_head,
     )
     reader.done(HARMLESS)
     return spec

@@ -33,9 +33,10 @@ def rotary_table(spec: ModelSpec, length: int, *, context: int | None = None) ->
             `longrope` look at it.
 
     Returns:
-        cos, sin: float32 [length, head_dim / 2].
+        cos, sin: float32 [length, pairs of a head that are turned].
     """
-    frequencies, factor = inverse_frequencies(spec.rope, spec.attention.head_dim, context or length)
+    size = spec.rope.size(spec.attention.head_dim)
+    frequencies, factor = inverse_frequencies(spec.rope, size, context or length)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return _rounded(np.cos(angles.astype(np.float64))) * factor, _rounded(np.sin(angles.astype(np.float64))) * factor
 
@@ -44,6 +45,7 @@ def inverse_frequencies(position: Rope, head_dim: int, length: int) -> tuple[Flo
     """Radians per position of each pair of a head's dimensions.
 
     Args:
+        head_dim: Dimensions of a head that are turned.
         length: Tokens of the whole context.
 
     Returns:

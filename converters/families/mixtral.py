@@ -8,7 +8,7 @@ from llmc.converters.decoder_config import read_decoder, write_decoder
 from llmc.converters.families import llama
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Family, Rule
-from llmc.spec import ModelSpec, Moe
+from llmc.spec import ModelSpec, Moe, Rope
 
 _MOE = "model.layers.{layer}.block_sparse_moe."
 _EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
@@ -31,7 +31,14 @@ def read(reader: Reader) -> ModelSpec:
     )
     window = reader.window("sliding_window", None)
     return read_decoder(
-        reader, "mixtral", num_kv_heads=8, max_positions=131072, window=(window, ()), eps=1e-5, theta=1e6, moe=moe
+        reader,
+        "mixtral",
+        num_kv_heads=8,
+        max_positions=131072,
+        window=(window, ()),
+        eps=1e-5,
+        rope=Rope(theta=1e6),
+        moe=moe,
     )
 
 

@@ -44,6 +44,8 @@ CASES = {
     "some matrices kept": ("llama", recipe(4, 32, keep=("head", "layers.0.*"))),
     "the embedding kept": ("llama-tied", recipe(8, 32, keep=("embed",))),
     "a norm of the embedding, and linear biases": ("bloom", recipe(4, 32)),
+    "a normalised head": ("baichuan2-7b", recipe(4, 32, symmetric=False)),
+    "a normalised head that is kept": ("baichuan2-13b", recipe(8, 32, keep=("head",))),
     "learned positions stay as they are": ("gpt2", recipe(4, 32)),
     "no gate, and a head of its own": ("gpt2-untied", recipe(8, 32, symmetric=False)),
     "an embedding of a size of its own": ("opt-350m", recipe(4, 32)),
@@ -85,7 +87,7 @@ def test_int8_arithmetic_stays_near(
     assert 0 < np.abs(whole - expected).mean() < share * expected.std()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window", "glm", "mixtral"])
 def test_int8_cache(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox and the lazy dog " * 60, encoding="utf-8")

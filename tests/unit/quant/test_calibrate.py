@@ -63,7 +63,7 @@ def test_keys_at_later_positions_are_not_clipped(name: str, tiny_checkpoint: Cal
     codes = keys / scale.view(2, 1, width)
     assert float(codes.abs().max()) <= 127.01
     plain = keys[:, :, :16].abs().amax(dim=(0, 2)).view(2, 1, width)  # what a maximum per channel would have taken
-    assert float((keys.abs() / plain).max()) > 1.5
+    assert float((keys.abs() / plain).max()) > 1.4
 
 
 def test_channel_that_is_always_zero(tiny_checkpoint: Callable[[str], Path]) -> None:

@@ -86,7 +86,10 @@ def draw(
     sampled = graph.call("Gather", [out, rows], "/rows")
     if spec.embedding_size:
         sampled = lowering.linear(sampled, "embed_out")
-    logits = lowering.linear(sampled, "embed" if spec.tied else "head", node="/head")
+    head = "embed" if spec.tied else "head"
+    logits = lowering.linear(sampled, head, node="/head")
+    if spec.normalised_head:
+        logits = graph.call("Mul", [logits, lowering.inverse_lengths(head)], "/head/normalised")
     graph.output(logits, "logits", FLOAT, ["rows", spec.vocab_size])
     decoder.declare_presents()
     return graph

@@ -53,6 +53,8 @@ def convert(
     folder, parent = _locate(source)
     config = json_file.read(folder / CONFIG)
     family, spec = families.read_spec(config, folder / CONFIG)
+    if "auto_map" in config:
+        logger.warning(f"{folder / CONFIG}: 'auto_map' names code that came with the model: llmc does not run it")
     infos, has_pickles = _read_weights(folder)
     infos = _with_prefix(family, infos)
     stored = cast.on_disk(infos, target)

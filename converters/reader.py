@@ -18,7 +18,7 @@ Choice = TypeVar("Choice")
 HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path architectures
-    attention_dropout attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id hidden_dropout id2label initializer_range is_decoder keys_to_ignore_at_inference label2id

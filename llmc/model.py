@@ -316,6 +316,8 @@ class Decoder(nn.Module):
         if self.embed_out is not None:
             hidden = self.embed_out(hidden)
         weight = self.embed.weight if self.head is None else self.head.weight
+        if self.spec.normalised_head:
+            weight = functional.normalize(weight)
         return functional.linear(hidden, weight).float()
 
     def simulate_kv_cache(self, scales: dict[str, Tensor]) -> None:

@@ -200,6 +200,7 @@ class ModelSpec(Strict):
         vocab_size: Rows of the embedding and of the head.
         max_positions: The longest context that the model was made for, tokens.
         tied: The head is the embedding, and no `head.weight` exists.
+        normalised_head: Each row of the head is divided by its Euclidean length.
         embedding_size: Width of the embedding and of the head, where linears lead from it to the hidden size and back;
             None where it is the hidden size.
     """
@@ -215,6 +216,7 @@ class ModelSpec(Strict):
     mlp: Mlp
     moe: Moe | None = None
     tied: bool = False
+    normalised_head: bool = False
     embedding_size: PositiveInt | None = None
 
     @model_validator(mode="after")

@@ -80,6 +80,25 @@ BLOOM_BASE: dict[str, Any] = {
 }
 
 
+BAICHUAN_BASE: dict[str, Any] = {
+    "architectures": ["BaichuanForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+    "model_type": "baichuan",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "vocab_size": VOCAB_SIZE,
+    "model_max_length": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One tiny model.
@@ -99,10 +118,15 @@ class Case:
     def build(self) -> Any:
         """The model, in float32, ready to be called: a fresh one each time."""
         import torch
+        from oracles import ORACLES
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(self.model_type, **{**self.base, **json.loads(json.dumps(self.config))})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        settings = {**self.base, **json.loads(json.dumps(self.config))}
+        if self.model_type in ORACLES:
+            model: Any = ORACLES[self.model_type](settings)
+        else:
+            config = AutoConfig.for_model(self.model_type, **settings)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -214,6 +238,14 @@ TINY: dict[str, Case] = {
     "bloom": Case("bloom", base=BLOOM_BASE),
     "bloom-6-heads": Case("bloom", {"hidden_size": 96, "n_head": 6, "n_layer": 3}, base=BLOOM_BASE),
     "bloom-untied": Case("bloom", {"tie_word_embeddings": False}, base=BLOOM_BASE),
+    "baichuan-7b": Case(
+        "baichuan",
+        {"architectures": ["BaiChuanForCausalLM"], "max_position_embeddings": 256},
+        base={key: value for key, value in BAICHUAN_BASE.items() if key != "model_max_length"},
+    ),
+    "baichuan-13b": Case("baichuan", {"hidden_size": 96, "num_attention_heads": 6}, base=BAICHUAN_BASE),
+    "baichuan2-7b": Case("baichuan", {"max_position_embeddings": 256, "z_loss_weight": 0}, base=BAICHUAN_BASE),
+    "baichuan2-13b": Case("baichuan", {"num_hidden_layers": 3, "z_loss_weight": 0}, base=BAICHUAN_BASE),
     "qwen3-bias-window": Case("qwen3", {**_WINDOW, "head_dim": 16, "max_window_layers": 2, "attention_bias": True}),
 }
 
@@ -230,6 +262,17 @@ def save(case: Case, folder: Path, *, dtype: str = "float32", max_shard_size: st
     case.build().to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder)
     return folder
+
+
+def load(folder: Path) -> Any:
+    """The model of a Hugging Face folder."""
+    import oracles
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] in oracles.ORACLES:
+        return oracles.load(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def save_tokenizer(folder: Path) -> None:

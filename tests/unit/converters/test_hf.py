@@ -180,6 +180,15 @@ def test_a_model_saved_without_its_head_is_the_same(tiny_source: Source, tmp_pat
         hf.convert(source, tmp_path / "c")
 
 
+def test_remote_code_is_not_run_and_that_is_said(
+    tiny_source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Path(shutil.copytree(tiny_source("baichuan-7b"), tmp_path / "source"))
+    (source / "modeling_baichuan.py").write_text("raise SystemExit('this was run')\n", encoding="utf-8")
+    hf.convert(source, tmp_path / "out")
+    assert "'auto_map' names code that came with the model: llmc does not run it" in caplog.text
+
+
 def test_a_head_that_differs_is_not_tied_whatever_the_config_says(
     tiny_source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -173,4 +173,107 @@ class Baichuan(Oracle):
         return functional.linear(self.model.norm(x), weight)
 
 
-ORACLES: dict[str, type[Oracle]] = {"baichuan": Baichuan}
+class Renamed(Oracle):
+    """A model of transformers with its tensors under their authors' names, some of them stacked into one."""
+
+    def __init__(self, config: dict[str, Any], twin: Any, tensors: dict[str, list[str]]) -> None:
+        """`tensors`: authors' name -> transformers' names, top to bottom."""
+        super().__init__(config)
+        self._twin, self._tensors = [twin.eval()], tensors  # in a list: no submodule, so that its names are not ours
+        state = twin.state_dict()
+        for name, parts in tensors.items():
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, nn.Parameter(torch.cat([state.pop(part) for part in parts])))
+        if state:
+            raise RuntimeError(f"nobody gave {sorted(state)} an authors' name")
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        twin, own = self._twin[0], dict(self.named_parameters())
+        state = twin.state_dict()
+        for name, parts in self._tensors.items():
+            for part, values in zip(parts, own[name].split([len(state[part]) for part in parts]), strict=True):
+                state[part].copy_(values)
+        out: Tensor = twin(tokens, use_cache=False).logits
+        return out
+
+
+class ChatGLM2(Renamed):
+    """ChatGLM2, ChatGLM3: GLM-4 of transformers. A `rope_ratio` is ChatGLM3's, or in a "chatglm2" divides positions."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from transformers import GlmConfig, GlmForCausalLM
+
+        c = SimpleNamespace(**config)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        if "chatglm2" in c._name_or_path:
+            rope |= {"rope_type": "linear", "factor": c.rope_ratio}
+        else:
+            rope["rope_theta"] *= c.rope_ratio
+        theirs = GlmConfig(
+            vocab_size=c.padded_vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_hidden_size,
+            num_hidden_layers=c.num_layers, num_attention_heads=c.num_attention_heads, head_dim=c.kv_channels,
+            num_key_value_heads=c.multi_query_group_num, attention_bias=c.add_qkv_bias, pad_token_id=c.pad_token_id,
+            rms_norm_eps=c.layernorm_epsilon, max_position_embeddings=c.seq_length, rope_parameters=rope,
+        )  # fmt: skip
+        tensors = {"transformer.embedding.word_embeddings.weight": ["model.embed_tokens.weight"]}
+        for layer in range(c.num_layers):
+            at, to = f"transformer.encoder.layers.{layer}", f"model.layers.{layer}"
+            for kind in ("weight", "bias") if c.add_qkv_bias else ("weight",):
+                tensors[f"{at}.self_attention.query_key_value.{kind}"] = [
+                    f"{to}.self_attn.{x}_proj.{kind}" for x in "qkv"
+                ]
+            tensors |= {
+                f"{at}.input_layernorm.weight": [f"{to}.input_layernorm.weight"],
+                f"{at}.self_attention.dense.weight": [f"{to}.self_attn.o_proj.weight"],
+                f"{at}.post_attention_layernorm.weight": [f"{to}.post_attention_layernorm.weight"],
+                f"{at}.mlp.dense_h_to_4h.weight": [f"{to}.mlp.gate_up_proj.weight"],
+                f"{at}.mlp.dense_4h_to_h.weight": [f"{to}.mlp.down_proj.weight"],
+            }
+        tensors["transformer.encoder.final_layernorm.weight"] = ["model.norm.weight"]
+        tensors["transformer.output_layer.weight"] = ["lm_head.weight"]
+        super().__init__(config, GlmForCausalLM(theirs), tensors)
+
+
+class Qwen(Renamed):
+    """Qwen 1, up to its trained length: Qwen2 of transformers."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        c = SimpleNamespace(**config)
+        theirs = Qwen2Config(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size // 2,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_attention_heads, rms_norm_eps=c.layer_norm_epsilon, pad_token_id=c.pad_token_id,
+            max_position_embeddings=c.seq_length, head_dim=c.kv_channels,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rotary_emb_base},
+        )  # fmt: skip
+        tensors = {"transformer.wte.weight": ["model.embed_tokens.weight"]}
+        for layer in range(c.num_hidden_layers):
+            at, to = f"transformer.h.{layer}", f"model.layers.{layer}"
+            tensors |= {
+                f"{at}.ln_1.weight": [f"{to}.input_layernorm.weight"],
+                f"{at}.attn.c_attn.weight": [f"{to}.self_attn.{x}_proj.weight" for x in "qkv"],
+                f"{at}.attn.c_attn.bias": [f"{to}.self_attn.{x}_proj.bias" for x in "qkv"],
+                f"{at}.attn.c_proj.weight": [f"{to}.self_attn.o_proj.weight"],
+                f"{at}.ln_2.weight": [f"{to}.post_attention_layernorm.weight"],
+                f"{at}.mlp.w1.weight": [f"{to}.mlp.up_proj.weight"],
+                f"{at}.mlp.w2.weight": [f"{to}.mlp.gate_proj.weight"],
+                f"{at}.mlp.c_proj.weight": [f"{to}.mlp.down_proj.weight"],
+            }
+        tensors["transformer.ln_f.weight"] = ["model.norm.weight"]
+        tensors["lm_head.weight"] = ["lm_head.weight"]
+        super().__init__(config, Qwen2ForCausalLM(theirs), tensors)
+
+
+ORACLES: dict[str, type[Oracle]] = {
+    "baichuan": Baichuan,
+    "chatglm": ChatGLM2,  # as its config says
+    "chatglm2": ChatGLM2,
+    "qwen": Qwen,
+}

@@ -99,6 +99,59 @@ BAICHUAN_BASE: dict[str, Any] = {
 }
 
 
+CHATGLM_BASE: dict[str, Any] = {
+    "_name_or_path": "THUDM/chatglm3-6b",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "ffn_hidden_size": 96,
+    "hidden_size": 64,
+    "kv_channels": 32,
+    "layernorm_epsilon": 1e-05,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "original_rope": True,
+    "padded_vocab_size": VOCAB_SIZE,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "rope_ratio": 1.0,
+    "seq_length": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+QWEN_BASE: dict[str, Any] = {
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    "model_type": "qwen",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "kv_channels": 16,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 1024,
+    "no_bias": True,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "seq_length": 256,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "vocab_size": VOCAB_SIZE,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One tiny model.
@@ -197,6 +250,11 @@ TINY: dict[str, Case] = {
     "qwen3-tied": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "glm": Case("glm", {"head_dim": 32}),
     "glm-tied": Case("glm", {"head_dim": 64, "attention_bias": False, "tie_word_embeddings": True, **_QUARTER}),
+    "chatglm3": Case("chatglm2", base=CHATGLM_BASE),
+    "chatglm3-32k": Case("chatglm2", {"rope_ratio": 50.0, "num_layers": 3, "add_qkv_bias": False}, base=CHATGLM_BASE),
+    "chatglm2-32k": Case("chatglm2", {"_name_or_path": "chatglm2-6b-32k", "rope_ratio": 4.0}, base=CHATGLM_BASE),
+    "qwen1": Case("qwen", base=QWEN_BASE),
+    "qwen1-head-dim": Case("qwen", {"kv_channels": 32, "rotary_emb_base": 500.0}, base=QWEN_BASE),
     "glm4": Case("glm4", {"head_dim": 32, "num_hidden_layers": 3}),
     "mixtral": Case("mixtral", {"num_local_experts": 4}),
     "qwen2-moe": Case(

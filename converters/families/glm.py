@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmc.converters.chatglm_config import HALF_IN_NEIGHBOURS
 from llmc.converters.decoder_config import read_decoder, write_decoder
 from llmc.converters.families import llama
 from llmc.converters.ops import STACKED
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Family, Rule
-from llmc.spec import ModelSpec, Rope
+from llmc.spec import ModelSpec
 
-HALF_IN_NEIGHBOURS = Rope(fraction=0.5, interleaved=True)
 _FUSED = tuple(f"layers.{{layer}}.mlp.{name}.weight" for name in ("gate", "up"))
 
 RULES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmc.converters.chatglm_config import HALF_IN_NEIGHBOURS
 from llmc.converters.decoder_config import read_decoder, write_decoder
 from llmc.converters.families import glm, llama
 from llmc.converters.reader import Reader
@@ -22,7 +23,7 @@ RULES = (
 def read(reader: Reader) -> ModelSpec:
     return read_decoder(
         reader, "glm4", num_kv_heads=2, max_positions=131072, head_dim=128, eps=1.5625e-07, norms="both",
-        rope=glm.HALF_IN_NEIGHBOURS, qkv_bias=reader.flag("attention_bias", default=True),
+        rope=HALF_IN_NEIGHBOURS, qkv_bias=reader.flag("attention_bias", default=True),
     )  # fmt: skip
 
 

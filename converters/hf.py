@@ -10,9 +10,13 @@ Knows: the files of such a folder. Does not know: any family (converters/familie
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +24,9 @@ from llmc import checkpoint, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
 from llmc.converters import cast, families, hf_tokenizer, json_file, pickled
-from llmc.converters.rules import Family, Progress, Tensors, from_canonical, source_names, to_canonical
+from llmc.converters import source as sources
+from llmc.converters.rules import Family, Progress, Tensors, from_canonical
+from llmc.converters.source import Source
 from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
 from llmc.manifest import Manifest, Parent
@@ -49,7 +55,18 @@ def convert(
         UnsupportedModelError: The architecture or a setting of it is not supported.
         CheckpointError: A file or tensor is missing, unknown, misshapen or damaged.
     """
-    target = cast.target_dtype(dtype)
+    cast.target_dtype(dtype)
+    return sources.write(open_source(source), out, dtype=dtype, overwrite=overwrite, progress=progress)
+
+
+def open_source(source: Path) -> Source:
+    """See such a folder as a model; no tensor is read, but for the head of one that is said to be tied.
+
+    Raises:
+        UserError: `source` is not such a folder.
+        UnsupportedModelError: The architecture or a setting of it is not supported.
+        CheckpointError: A file is missing or damaged.
+    """
     folder, parent = _locate(source)
     config = json_file.read(folder / CONFIG)
     family, spec = families.read_spec(config, folder / CONFIG)
@@ -57,21 +74,25 @@ def convert(
         logger.warning(f"{folder / CONFIG}: 'auto_map' names code that came with the model: llmc does not run it")
     infos, has_pickles = _read_weights(folder)
     infos = _with_prefix(family, infos)
-    stored = cast.on_disk(infos, target)
-    spec = _untie_if_different(family, spec, infos)
-    dropped = family.dropped + ((_head(family, spec),) if spec.tied else ())
-    canonical = to_canonical(family.rules, spec, stored, dropped=dropped, where=folder)
-    with manifests.creating(out, overwrite=overwrite) as work:
-        checkpoint.write(work, spec, canonical.infos, canonical.watched("convert", progress))
-        hf_tokenizer.copy(folder, work, config)
-        (work / SOURCE).mkdir()
-        for name in (CONFIG, GENERATION):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, work / SOURCE / name)
-        tools = manifests.tools(*(["torch"] if has_pickles else []))
-        settings = {"dtype": dtype}
-        manifests.seal(work, Manifest(kind="checkpoint", tools=tools, settings=settings, parents=(parent,)))
-    return Checkpoint(out)
+    found = Source(
+        where=folder,
+        family=family,
+        spec=spec,
+        tensors=functools.partial(cast.on_disk, infos),
+        copy=functools.partial(copy_words, folder, config),
+        parents=(parent,),
+        packages=("torch",) if has_pickles else (),
+    )
+    return replace(found, spec=_untie_if_different(found, infos))
+
+
+def copy_words(folder: Path, config: Mapping[str, Any], work: Path) -> None:
+    """Copy the tokenizer and the configs of a Hugging Face folder into a checkpoint."""
+    hf_tokenizer.copy(folder, work, config)
+    (work / SOURCE).mkdir()
+    for name in (CONFIG, GENERATION):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, work / SOURCE / name)
 
 
 def _locate(source: Path) -> tuple[Path, Parent]:
@@ -109,23 +130,18 @@ def _with_prefix(family: Family, infos: dict[str, TensorInfo]) -> dict[str, Tens
     return {name if name.startswith("lm_head.") else family.prefix + name: info for name, info in infos.items()}
 
 
-def _head(family: Family, spec: ModelSpec) -> str:
-    """The source's name of the head, which a tied model may hold as well."""
-    return source_names(family.rules, spec.model_copy(update={"tied": False}))["head.weight"]
-
-
-def _untie_if_different(family: Family, spec: ModelSpec, infos: dict[str, TensorInfo]) -> ModelSpec:
+def _untie_if_different(source: Source, infos: Mapping[str, TensorInfo]) -> ModelSpec:
     """A model that says it is tied, and holds a head that is not the embedding, is not tied.
 
     transformers decides so as well (modeling_utils.py, tie_weights).
     """
-    if not spec.tied or _head(family, spec) not in infos:
-        return spec
-    head, embedding = infos[_head(family, spec)], infos.get(source_names(family.rules, spec)["embed.weight"])
+    if not source.spec.tied or source.head not in infos:
+        return source.spec
+    head, embedding = infos[source.head], infos.get(source.embedding)
     if embedding is None or _are_equal(head, embedding):
-        return spec
+        return source.spec
     logger.warning("the config says that head and embedding are tied, but they differ: kept apart")
-    return spec.model_copy(update={"tied": False})
+    return source.spec.model_copy(update={"tied": False})
 
 
 def _are_equal(left: TensorInfo, right: TensorInfo) -> bool:

@@ -79,8 +79,8 @@ def _rope(reader: Reader) -> dict[str, Any]:
     if "chatglm3" in name or "glm-4" in name:
         return {"rope_theta": _THETA * ratio}
     raise UnsupportedModelError(
-        f"{reader.where}: 'rope_ratio' is {ratio}, which means one thing in ChatGLM2 and another in ChatGLM3 and GLM-4, "
-        f"and '_name_or_path' ({name!r}) has none of these names: write there which of them it is"
+        f"{reader.where}: 'rope_ratio' is {ratio}, which means one thing in ChatGLM2 and another in ChatGLM3 and "
+        f"GLM-4, and '_name_or_path' ({name!r}) has none of these names: write there which of them it is"
     )
 
 

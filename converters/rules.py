@@ -80,6 +80,7 @@ class Family:
         dropped: Globs over the source's names of tensors that carry nothing, such as tables that are recomputed.
         prefix: With which all names but the head's begin, and which a folder may lack: transformers saves the model
             under the head without it.
+        positions: The kinds of position (llmc/spec.py) that its models have.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Family:
     rules: tuple[Rule, ...]
     dropped: tuple[str, ...] = ()
     prefix: str = ""
+    positions: tuple[str, ...] = ("rope",)
 
 
 # Called as (what is being done, tensors done, tensors in all).

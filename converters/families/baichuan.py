@@ -49,4 +49,5 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     return config | ({"z_loss_weight": 0} if spec.normalised_head else {})
 
 
-FAMILY = Family("baichuan", ("BaichuanForCausalLM", "BaiChuanForCausalLM"), read, write, RULES, llama.DROPPED)
+_NAMES = ("BaichuanForCausalLM", "BaiChuanForCausalLM")
+FAMILY = Family("baichuan", _NAMES, read, write, RULES, llama.DROPPED, positions=("rope", "alibi"))

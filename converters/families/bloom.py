@@ -54,4 +54,5 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     )  # fmt: skip
 
 
-FAMILY = Family("bloom", ("BloomForCausalLM", "BloomModel"), read, write, RULES, prefix="transformer.")
+_NAMES = ("BloomForCausalLM", "BloomModel")
+FAMILY = Family("bloom", _NAMES, read, write, RULES, prefix="transformer.", positions=("alibi",))

@@ -1,4 +1,4 @@
-"""GLM-4-9B (Zhipu AI): LLaMA with few key heads, the first half of each head turned in neighbours, gate and up fused."""
+"""GLM-4-9B (Zhipu AI): LLaMA with half of each head turned, in neighbours, and with gate and up in one linear."""
 
 from __future__ import annotations
 

@@ -55,4 +55,4 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     )  # fmt: skip
 
 
-FAMILY = Family("gpt2", ("GPT2LMHeadModel",), read, write, RULES, DROPPED, prefix="transformer.")
+FAMILY = Family("gpt2", ("GPT2LMHeadModel",), read, write, RULES, DROPPED, "transformer.", ("learned",))

@@ -55,4 +55,4 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     )  # fmt: skip
 
 
-FAMILY = Family("opt", ("OPTForCausalLM",), read, write, RULES, prefix="model.")
+FAMILY = Family("opt", ("OPTForCausalLM",), read, write, RULES, prefix="model.", positions=("learned",))

@@ -32,7 +32,8 @@ _SIZES = {key: key for key in ("vocab_size", "hidden_size", "num_hidden_layers",
 # The last two do nothing up to the trained length, which is a spec's `max_positions`.
 _HARMLESS = HARMLESS | {
     "attn_dropout_prob", "bf16", "emb_dropout_prob", "fp16", "fp32", "max_position_embeddings", "onnx_safe",
-    "softmax_in_fp32", "use_cache_kernel", "use_cache_quantization", "use_flash_attn", "use_dynamic_ntk", "use_logn_attn",
+    "softmax_in_fp32", "use_cache_kernel", "use_cache_quantization", "use_flash_attn", "use_dynamic_ntk",
+    "use_logn_attn",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ import onnx_ir as ir
 from llmc import alibi, names, rope
 from llmc.builders import onnx_moe
 from llmc.builders.onnx_graph import MICROSOFT, Graph
+from llmc.builders.onnx_layers import state_name
 from llmc.builders.onnx_linear import Lowering, path
 from llmc.errors import UnsupportedModelError
 from llmc.recipe import QuantRecipe
@@ -82,6 +83,7 @@ def draw(
 
     flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")
     x = decoder.embed(flat)
+    x.name = state_name(0)
     out = decoder.layers(x) if spec.norm.order != "after" else decoder.layers_with_norms_after(x)
     sampled = graph.call("Gather", [out, rows], "/rows")
     if spec.embedding_size:
@@ -169,6 +171,7 @@ class _Decoder:
             normed, x = self.add_norm(x, mixed, f"layers.{layer}.mlp_norm")
             mixed = self.post_norm(self.mix(normed, layer), f"layers.{layer}.mlp_post_norm")
             normed, x = self.add_norm(x, mixed, following)
+            x.name = state_name(layer + 1)
         return normed
 
     def post_norm(self, x: ir.Value, name: str) -> ir.Value:
@@ -180,6 +183,7 @@ class _Decoder:
         for layer in range(self.spec.num_layers):
             x, _ = self.add_norm(x, self.attention(x, layer), f"layers.{layer}.attn_norm")
             x, _ = self.add_norm(x, self.mix(x, layer), f"layers.{layer}.mlp_norm")
+            x.name = state_name(layer + 1)
         return x
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:

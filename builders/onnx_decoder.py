@@ -106,17 +106,19 @@ class _Decoder:
         self.spec, self.graph, self.lowering, self.kv_int8 = spec, graph, lowering, kv_int8
         self.seqlens = graph.input("seqlens_k", INT32, ["batch"])
         self.total = graph.input("total_sequence_length", INT32, [])
-        self.rotary: list[ir.Value | None] = [None, None]
+        self.rotary: dict[Rope, list[ir.Value | None]] = {}
         if isinstance(spec.position, Rope):
             if spec.position.size(spec.attention.head_dim) % _TURNED_UNIT:
                 raise UnsupportedModelError(
                     f"{spec.position.size(spec.attention.head_dim)} dimensions of each head are turned; the attention "
                     f"operator of ONNX Runtime turns multiples of {_TURNED_UNIT}"
                 )
-            self.rotary = [
-                graph.weight(f"rotary.{name}", np.float32, table.shape, table.copy)
-                for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length), strict=True)
-            ]
+            for one in dict.fromkeys(spec.rope_of(layer) for layer in range(spec.num_layers)):
+                prefix = "rotary" if one == spec.position else "rotary.window"
+                self.rotary[one] = [
+                    graph.weight(f"{prefix}.{name}", np.float32, table.shape, table.copy)
+                    for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length, of=one), strict=True)
+                ]
         self.cache_type = INT8 if kv_int8 else FLOAT
         self.cache_shape: list[int | str] = [
             "batch",
@@ -133,6 +135,9 @@ class _Decoder:
     def embed(self, tokens: ir.Value) -> ir.Value:
         """What the first layer is given of the tokens [batch * length]."""
         x = self.lowering.embedding(tokens, "embed")
+        if self.spec.embedding_scale != 1:
+            scale = self.graph.constant("/embed/scale", np.array(self.spec.embedding_scale, np.float32))
+            x = self.graph.call("Mul", [x, scale], "/embed/scaled")
         if self.spec.embedding_size:
             x = self.lowering.linear(x, "embed_in")
         if self.spec.norm.embedding:
@@ -204,6 +209,10 @@ class _Decoder:
     def _norm_weights(self, name: str) -> list[ir.Value]:
         is_head = name.endswith(("q_norm", "k_norm"))
         size = self.spec.attention.head_dim if is_head else self.spec.hidden_size
+        if self.spec.norm.plus_one:
+            weight = f"{name}.weight"
+            load = self.lowering.load
+            return [self.graph.weight(weight, np.float32, (size,), lambda: load(weight).astype(np.float32) + 1)]
         kinds = ("weight", "bias") if self.spec.norm.kind == "layer" else ("weight",)
         return [self.lowering.weight([name], kind, (size,)) for kind in kinds]
 
@@ -244,9 +253,10 @@ class _Decoder:
             shape = (1, spec.num_kv_heads, 1, spec.head_dim)
             scales = [None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
             quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        rotary = self.rotary[self.spec.rope_of(layer)] if self.rotary else [None, None]
         out, key, value = graph.node(
             "GroupQueryAttention",
-            [*self._qkv(x, at), *past, self.seqlens, self.total, *self.rotary, None, self.bias, *scales],
+            [*self._qkv(x, at), *past, self.seqlens, self.total, *rotary, None, self.bias, *scales],
             path(at),
             domain=MICROSOFT,
             outputs=3,
@@ -255,6 +265,7 @@ class _Decoder:
             do_rotary=int(isinstance(self.spec.position, Rope)),
             rotary_interleaved=int(isinstance(self.spec.position, Rope) and self.spec.position.interleaved),
             local_window_size=self.spec.window(layer) or -1,
+            scale=spec.scale or 0.0,
             **quantized,
         )
         self.presents[f"present.{layer}.key"] = key

@@ -126,6 +126,10 @@ class Reader:
         """Take note of settings that mean nothing beside others of this model."""
         self._read.update(keys)
 
+    def inside(self, key: str) -> Reader:
+        """A reader whose section `key` is this."""
+        return Reader({key: self._values}, self.where)
+
     def only(self, key: str, supported: Any, reason: str) -> None:
         """Take note of a setting of which only one value (or null) is supported."""
         self._read.add(key)

@@ -80,20 +80,23 @@ class KVCache:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the statistics in fp32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, plus_one: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if plus_one else torch.ones(size))
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (wide * (1 + self.weight.float())).to(x.dtype)
         return self.weight * wide.to(x.dtype)
 
 
 def norm(spec: ModelSpec, size: int) -> nn.Module:
     """The model's kind of norm over `size` features."""
-    kinds: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+    rms = functools.partial(RMSNorm, plus_one=spec.norm.plus_one)
+    kinds: dict[str, Callable[[int, float], nn.Module]] = {"rms": rms, "layer": nn.LayerNorm}
     return kinds[spec.norm.kind](size, spec.norm.eps)
 
 
@@ -109,6 +112,7 @@ class Attention(nn.Module):
         switches = spec.attention
         self.layer, self.head_dim, self.window = layer, switches.head_dim, spec.window(layer)
         self.has_alibi = isinstance(spec.position, Alibi)
+        self.scale = switches.scale
         self.interleaved = isinstance(spec.position, Rope) and spec.position.interleaved
         self.q = nn.Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
         self.k = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
@@ -135,7 +139,7 @@ class Attention(nn.Module):
         mask = visible(q.shape[2], k.shape[2], self.window, x.device)
         if self.has_alibi:
             mask = linear_biases(q.shape[1], mask).to(x)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -295,21 +299,29 @@ class Decoder(nn.Module):
         """As `forward`, up to the head: [batch, new, hidden_size]."""
         past = cache.length if cache else 0
         length = past + tokens.shape[1]
-        x, rotation = self.embed(tokens), None
+        x = self.embed(tokens) * self.spec.embedding_scale
         if self.embed_in is not None:
             x = self.embed_in(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        match self.spec.position:
-            case Learned(offset=offset):
-                x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))
-            case Rope():
-                cos, sin = rope.rotary_table(self.spec, length, context=context)
-                rotation = torch.from_numpy(cos[past:]).to(x), torch.from_numpy(sin[past:]).to(x)
-        for layer in self.layers:
+        if isinstance(self.spec.position, Learned):
+            offset = self.spec.position.offset
+            x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))
+        for layer, rotation in zip(self.layers, self._rotations(past, length, context, like=x), strict=True):
             x = layer(x, rotation, cache)
         out: Tensor = x if self.norm is None else self.norm(x)
         return out
+
+    def _rotations(self, past: int, length: int, context: int | None, *, like: Tensor) -> list[Rotation]:
+        """Of each layer; they share what is the same."""
+        if not isinstance(self.spec.position, Rope):
+            return [None] * self.spec.num_layers
+        ropes = [self.spec.rope_of(layer) for layer in range(self.spec.num_layers)]
+        made: dict[Rope, Rotation] = {}
+        for one in dict.fromkeys(ropes):
+            cos, sin = rope.rotary_table(self.spec, length, context=context, of=one)
+            made[one] = torch.from_numpy(cos[past:]).to(like), torch.from_numpy(sin[past:]).to(like)
+        return [made[one] for one in ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., hidden_size] -> float32 [..., vocab_size]."""

@@ -22,6 +22,7 @@ class Norm(Strict):
 
     Attributes:
         embedding: The embeddings are normalised as well, before the first layer.
+        plus_one: A weight is stored as its difference from one.
         order: Of each attention and each MLP the input is normalised, and so is what the last layer gives ("before");
             or the sum of its output and the residual stream is, and nothing at the end ("after", as in Vaswani et al.
             2017); or as "before", and its output as well before it is added ("both").
@@ -30,7 +31,14 @@ class Norm(Strict):
     kind: Literal["rms", "layer"] = "rms"
     eps: PositiveFloat
     embedding: bool = False
+    plus_one: bool = False
     order: Literal["before", "after", "both"] = "before"
+
+    @model_validator(mode="after")
+    def _only_rms_plus_one(self) -> Norm:
+        if self.plus_one and self.kind != "rms":
+            raise ValueError(f"'plus_one' does not go with a norm of kind '{self.kind}'")
+        return self
 
 
 class LinearScaling(Strict):
@@ -92,6 +100,7 @@ class Rope(Strict):
     Attributes:
         fraction: How much of a head is turned: its first dimensions.
         interleaved: Neighbours form the pairs; else the halves of what is turned do.
+        window_theta: The base in layers with a sliding window, where nothing is scaled; None: they are as the others.
     """
 
     kind: Literal["rope"] = "rope"
@@ -99,6 +108,7 @@ class Rope(Strict):
     scaling: Scaling | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     interleaved: bool = False
+    window_theta: PositiveFloat | None = None
 
     def size(self, head_dim: int) -> int:
         """How many dimensions of a head are turned."""
@@ -132,6 +142,7 @@ class Attention(Strict):
     Attributes:
         qk_norm: Each head of q and k is normalised (with the model's norm) before the rotation.
         qkv_bias, o_bias: The projections have biases.
+        scale: Of the scores; None is 1 / sqrt(head_dim).
         window: A token sees itself and the `window - 1` before it; None sees all.
         full_layers: Layers that see all in spite of `window`.
     """
@@ -142,6 +153,7 @@ class Attention(Strict):
     qk_norm: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    scale: PositiveFloat | None = None
     window: PositiveInt | None = None
     full_layers: tuple[int, ...] = ()
 
@@ -203,6 +215,7 @@ class ModelSpec(Strict):
         normalised_head: Each row of the head is divided by its Euclidean length.
         embedding_size: Width of the embedding and of the head, where linears lead from it to the hidden size and back;
             None where it is the hidden size.
+        embedding_scale: Embeddings are multiplied by it.
     """
 
     family: str
@@ -218,6 +231,7 @@ class ModelSpec(Strict):
     tied: bool = False
     normalised_head: bool = False
     embedding_size: PositiveInt | None = None
+    embedding_scale: PositiveFloat = 1.0
 
     @model_validator(mode="after")
     def _experts_are_gated(self) -> ModelSpec:
@@ -236,6 +250,13 @@ class ModelSpec(Strict):
     def experts(self, layer: int) -> Moe | None:
         """The mixture of experts of a layer, None where it has a plain MLP."""
         return None if self.moe is None or layer in self.moe.dense_layers else self.moe
+
+    def rope_of(self, layer: int) -> Rope:
+        """The rotary embedding of a layer, if positions are rotary at all."""
+        rope = self.rope
+        if rope.window_theta is None or self.window(layer) is None:
+            return rope
+        return Rope(theta=rope.window_theta, fraction=rope.fraction, interleaved=rope.interleaved)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, None where it sees everything."""

@@ -255,6 +255,21 @@ TINY: dict[str, Case] = {
     "chatglm2-32k": Case("chatglm2", {"_name_or_path": "chatglm2-6b-32k", "rope_ratio": 4.0}, base=CHATGLM_BASE),
     "qwen1": Case("qwen", base=QWEN_BASE),
     "qwen1-head-dim": Case("qwen", {"kv_channels": 32, "rotary_emb_base": 500.0}, base=QWEN_BASE),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "gemma3-tied": Case("gemma3_text", {"head_dim": 32, "sliding_window": 16, "tie_word_embeddings": True}),
     "glm4": Case("glm4", {"head_dim": 32, "num_hidden_layers": 3}),
     "mixtral": Case("mixtral", {"num_local_experts": 4}),
     "qwen2-moe": Case(

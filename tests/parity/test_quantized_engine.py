@@ -54,6 +54,7 @@ CASES = {
     "experts with zero points": ("mixtral-window", recipe(4, 32, symmetric=False)),
     "experts of 8 bits, computed in float32": ("mixtral", recipe(8, 32)),
     "experts whose last group is partly padding": ("mixtral", recipe(4, 64)),
+    "scaled embeddings that are the head, too": ("gemma3-tied", recipe(4, 32)),
     "experts and a shared one": ("qwen2-moe", recipe(4, 32)),
     "experts whose weights do not sum to one": ("qwen3-moe-sparse", recipe(4, 16, symmetric=False)),
     "one expert kept": ("mixtral", recipe(4, 32, keep=("layers.0.moe.experts.1.*",))),

@@ -30,7 +30,7 @@ def any_spec(draw: random.Random) -> ModelSpec:
     def flag() -> bool:
         return draw.random() < 0.5
 
-    positions: list[Any] = [Rope(), Rope(fraction=0.5, interleaved=flag()), Rope(interleaved=True), Learned(offset=2)]
+    positions: list[Any] = [Rope(), Rope(fraction=0.5, interleaved=flag()), Rope(window_theta=500.0), Learned(offset=2)]
     mlp = Mlp(
         intermediate_size=96,
         activation=draw.choice(["silu", "gelu", "gelu_tanh", "relu"]),
@@ -38,6 +38,7 @@ def any_spec(draw: random.Random) -> ModelSpec:
         bias=flag(),
     )
     experts = Moe(num_experts=4, top_k=2, intermediate_size=32, shared_size=draw.choice([None, 32]), dense_layers=(1,))
+    kind = draw.choice(["rms", "layer"])
     return ModelSpec(
         family="none",
         vocab_size=tiny.VOCAB_SIZE,
@@ -45,8 +46,9 @@ def any_spec(draw: random.Random) -> ModelSpec:
         num_layers=3,
         max_positions=64,
         norm=Norm(
-            kind=draw.choice(["rms", "layer"]),
+            kind=kind,  # type: ignore[arg-type]
             eps=1e-5,
+            plus_one=kind == "rms" and flag(),
             embedding=flag(),
             order=draw.choice(["before", "after", "both"]),
         ),
@@ -58,6 +60,7 @@ def any_spec(draw: random.Random) -> ModelSpec:
             qk_norm=flag(),
             qkv_bias=flag(),
             o_bias=flag(),
+            scale=draw.choice([None, 0.1]),
             window=draw.choice([None, 8]),
             full_layers=draw.choice([(), (1,)]),
         ),
@@ -66,6 +69,7 @@ def any_spec(draw: random.Random) -> ModelSpec:
         tied=flag(),
         normalised_head=flag(),
         embedding_size=draw.choice([None, 32]),
+        embedding_scale=draw.choice([1.0, 3.0]),
     )
 
 

@@ -24,6 +24,7 @@ CASES = [
     "mixtral",
     "qwen2-moe",
     "glm4",
+    "gemma3",
     "gpt2",
 ]
 CASES += ["opt", "opt-350m", "bloom-6-heads", "baichuan2-13b"]
@@ -57,7 +58,7 @@ def test_smoothing_groups_hold(decoder: Decoder) -> None:
     groups = names.smoothing_groups(decoder.spec)
     through_mlp = decoder.spec.mlp.gated or decoder.spec.mlp.activation == "relu"
     mlps = [name for name, module in decoder.named_modules() if isinstance(module, Mlp)]
-    in_attention = 1 if decoder.spec.norm.order == "after" else 3
+    in_attention = 1 if decoder.spec.norm.order == "after" or decoder.spec.norm.plus_one else 3
     assert len(groups) == in_attention * decoder.spec.num_layers + through_mlp * len(mlps)
     generator = torch.Generator().manual_seed(0)
     for group in groups:

@@ -61,6 +61,12 @@ def test_experts_of_a_layer() -> None:
         ({"attention": VALUES["attention"] | {"head_dim": 7}}, "head_dim 7 is odd"),
         ({"position": {"kind": "rope", "scaling": {"kind": "magic"}}}, "position.rope.scaling"),
         ({"position": {"kind": "rope", "scaling": {"kind": "linear", "factor": 0.5}}}, "factor"),
+        ({"position": {"kind": "rope", "fraction": 0.4}}, "3 of 8 dimensions of a head cannot be turned in pairs"),
+        ({"position": {"kind": "rope", "fraction": 1.5}}, "fraction"),
+        (
+            {"norm": {"eps": 1e-5, "kind": "layer", "plus_one": True}},
+            "'plus_one' does not go with a norm of kind 'layer'",
+        ),
         ({"position": {"kind": "sinusoidal"}}, "'position'.*sinusoidal"),
         ({"position": {"kind": "learned", "offset": -1}}, "offset"),
         ({"moe": MOE | {"top_k": 5}}, "top_k 5 is more than num_experts 4"),

@@ -1,4 +1,4 @@
-"""Configs of ChatGLM2, ChatGLM3, GLM-4-9B and Qwen 1 as their authors publish them."""
+"""Configs of ChatGLM2, ChatGLM3, GLM-4-9B, Qwen 1 and Gemma 3 as their authors publish them."""
 
 from __future__ import annotations
 
@@ -79,6 +79,37 @@ QWEN: dict[str, Any] = {
     "use_logn_attn": True,
     "vocab_size": 151936,
 }
+GEMMA3: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
 
 
 def read(config: dict[str, Any], **changes: Any) -> ModelSpec:
@@ -110,9 +141,25 @@ def test_qwen_7b() -> None:
     assert (spec.mlp.intermediate_size, spec.norm.eps) == (11008, 1e-6)
 
 
+def test_gemma_3_1b() -> None:
+    spec = read(GEMMA3)
+    assert [layer for layer in range(26) if spec.window(layer) is None] == [5, 11, 17, 23]
+    assert (spec.window(0), spec.tied, spec.embedding_scale) == (512, True, 1152**0.5)
+    assert (spec.rope_of(5).theta, spec.rope_of(0)) == (1e6, Rope(theta=1e4))
+    assert (spec.attention.scale, spec.attention.qk_norm, spec.norm.plus_one, spec.norm.order) == (
+        1 / 16, True, True, "both",
+    )  # fmt: skip
+    scaled = read(GEMMA3, rope_scaling={"factor": 8.0, "rope_type": "linear"})
+    assert (scaled.rope_of(5).scaling, scaled.rope_of(0).scaling) == (LinearScaling(factor=8.0), None)
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "said"),
     [
+        (GEMMA3, {"final_logit_softcapping": 30.0}, ["'final_logit_softcapping'", "30.0"]),
+        (GEMMA3, {"hidden_activation": "silu"}, ["'hidden_activation'", "'silu'"]),
+        (GEMMA3, {"layer_types": ["chunked_attention"] * 26}, ["'layer_types'", "chunked_attention"]),
+        (GEMMA3, {"vision_config": {}}, ["'vision_config'"]),
         (CHATGLM3, {"rope_ratio": 8, "_name_or_path": "mine"}, ["'rope_ratio'", "8.0", "'mine'", "_name_or_path"]),
         (CHATGLM3, {"position_encoding_2d": True}, ["'position_encoding_2d'"]),
         (CHATGLM3, {"multi_query_attention": False}, ["'multi_query_attention'", "False"]),

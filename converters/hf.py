@@ -114,6 +114,11 @@ def _locate(source: Path) -> tuple[Path, Parent]:
     return folder, Parent(kind="hf", sha256=sha256, name=folder.resolve().name)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a model's weights in one of Hugging Face's forms."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, pickled.SINGLE, pickled.INDEX))
+
+
 def _read_weights(folder: Path) -> tuple[dict[str, TensorInfo], bool]:
     """All tensors, and whether they are in pickles; safetensors are preferred where a folder has both."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():

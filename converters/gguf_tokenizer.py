@@ -137,7 +137,13 @@ def build(metadata: Mapping[str, Any], *, where: object) -> Tokenizer:
     try:
         tokenizer, adds_bos = _BUILDERS[kind](metadata, tokens, types, where)
         added = [
-            AddedToken(token, special=token_type != TokenType.USER_DEFINED, normalized=False)
+            # One of letters alone, ChatGLM's "sop", is not one inside a word.
+            AddedToken(
+                token,
+                special=token_type != TokenType.USER_DEFINED,
+                normalized=False,
+                single_word=token.isalpha() and token_type == TokenType.CONTROL,
+            )
             for token, token_type in zip(tokens, types, strict=True)
             if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
         ]
@@ -150,7 +156,7 @@ def build(metadata: Mapping[str, Any], *, where: object) -> Tokenizer:
     first, last = (_token_of(metadata, key, tokens, where) for key in ("bos_token_id", "eos_token_id"))
     has_first = metadata.get(_KEY + "add_bos_token", adds_bos)
     has_last = metadata.get(_KEY + "add_eos_token", False)
-    tokenizer.post_processor = _around(tokenizer, first if has_first else None, last if has_last else None)
+    surround(tokenizer, [first] if has_first and first else [], [last] if has_last and last else [])
     return tokenizer
 
 
@@ -260,13 +266,13 @@ def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
 _BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
-def _around(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
-    """The post-processor: what stands before and after a whole text."""
-    if not first and not last:
-        return processors.ByteLevel(trim_offsets=False)
-    before, after = [first] if first else [], [last] if last else []
-    specials = {token: tokenizer.token_to_id(token) for token in before + after}
-    return processors.TemplateProcessing(
+def surround(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str] = ()) -> None:
+    """Let these tokens stand before and after every whole text."""
+    if not before and not after:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        return
+    specials = {token: tokenizer.token_to_id(token) for token in (*before, *after)}
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A:0", *after],
         pair=[*before, "$A:0", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
         special_tokens=list(specials.items()),

@@ -70,7 +70,7 @@ def write(
     dropped = source.family.dropped + ((source.head,) if source.spec.tied else ())
     canonical = to_canonical(source.family.rules, source.spec, tensors, dropped=dropped, where=source.where)
     with manifests.creating(out, overwrite=overwrite) as work:
-        checkpoint.write(work, source.spec, canonical.infos, canonical.watched("convert", progress))
+        hashes = checkpoint.write(work, source.spec, canonical.infos, canonical.watched("convert", progress))
         source.copy(work)
         manifest = Manifest(
             kind="checkpoint",
@@ -78,5 +78,5 @@ def write(
             settings={"dtype": dtype},
             parents=source.parents,
         )
-        manifests.seal(work, manifest)
+        manifests.seal(work, manifest, hashes)
     return Checkpoint(out)

@@ -107,9 +107,9 @@ def quantize(
         figures = Figures(_total(checkpoint.infos), _total(infos))
         transform = algorithm(recipe.algorithm).prepare(checkpoint, recipe, windows) if recipe.weights else None
         stream = _stream(checkpoint, recipe, transform, scales, figures, progress)
-        checkpoints.write(folder, checkpoint.spec, infos, lambda name: _next(stream, name), recipe=recipe)
+        hashes = checkpoints.write(folder, checkpoint.spec, infos, lambda name: _next(stream, name), recipe=recipe)
         checkpoint.copy_companions(folder)
-        manifests.seal(folder, _manifest(source, recipe, calibration, figures))
+        manifests.seal(folder, _manifest(source, recipe, calibration, figures), hashes)
     return figures
 
 

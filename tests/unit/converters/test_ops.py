@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -51,3 +52,14 @@ def test_what_is_cut_where() -> None:
     (turned,) = TRANSPOSED.split(source.T, [(8, 6)], spec())
     np.testing.assert_array_equal(turned, source)
     assert turned.flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 70), (70, 1), (32, 64), (33, 65), (100, 31), (0, 5)])
+def test_what_is_turned_strip_by_strip(dtype: type, shape: tuple[int, int]) -> None:
+    source = np.arange(shape[0] * shape[1]).reshape(shape).astype(dtype)
+    (turned,) = TRANSPOSED.split(source, [shape[::-1]], spec())
+    assert turned.flags.c_contiguous
+    assert (turned.dtype, turned.shape) == (source.dtype, shape[::-1])
+    assert turned.tobytes() == source.T.tobytes()
+    assert TRANSPOSED.join([turned], spec()).tobytes() == source.tobytes()

@@ -51,8 +51,11 @@ def open_hugging_face(folder: Path, **about: Any) -> Side:
             folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
     except Exception as error:
-        words = " ".join(str(error).split())[:300]
-        raise UnsupportedModelError(f"transformers {transformers.__version__} cannot load {folder}: {words}") from error
+        words = " ".join(str(error).split()).partition(". ")[0][:300]
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot load {folder}: {words}. Where it has no class of its own for "
+            "a model, compare what was converted: a checkpoint, or an export of one"
+        ) from error
     # transformers draws these at random, and warns.
     if lacking := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):
         raise CheckpointError(f"{folder}: {len(lacking)} tensors are missing or misshapen, the first is {lacking[0]}")

@@ -53,8 +53,8 @@ def open_hugging_face(folder: Path, **about: Any) -> Side:
     except Exception as error:
         words = " ".join(str(error).split()).partition(". ")[0][:300]
         raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot load {folder}: {words}. Where it has no class of its own for "
-            "a model, compare what was converted: a checkpoint, or an export of one"
+            f"transformers {transformers.__version__} cannot load {folder}: {words}. Where it has no class of its own "
+            "for a model, compare what was converted: a checkpoint, or an export of one"
         ) from error
     # transformers draws these at random, and warns.
     if lacking := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):

@@ -175,5 +175,5 @@ def test_folders_that_transformers_cannot_load(tmp_path: Path, tiny_source: Call
     with pytest.raises(CheckpointError, match=r"tensors are missing or misshapen, the first is model\.layers\.2"):
         open_hugging_face(folder, name="hf")
     config.write_text(text.replace('"llama"', '"quack"'), encoding="utf-8")
-    with pytest.raises(UnsupportedModelError, match="cannot load .*a checkpoint, or an export of one"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot load .*a checkpoint, or an export of one"):
         open_hugging_face(folder, name="hf")

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from llmc import checkpoint
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
@@ -24,9 +26,10 @@ from llmc.converters import (
     gguf_tensors,
     gguf_tokenizer,
 )
-from llmc.converters.rules import Progress, to_canonical
+from llmc.converters.rules import Progress, Tensors, to_canonical
 from llmc.errors import UnsupportedModelError
 from llmc.manifest import Manifest, Parent
+from llmc.tensors import Array
 
 
 def convert(
@@ -53,9 +56,12 @@ def convert(
     architecture = gguf_settings.architecture_of(file.metadata, source)
     file = gguf_tensors.unstacked(file)
     # The factors of the rotation among the tensors are settings, and not to be rounded.
-    config = gguf_settings.read_config(file.metadata, gguf_tensors.open_tensors(file, None), source)
+    as_they_are = gguf_tensors.open_tensors(file, None)
+    config = gguf_settings.read_config(file.metadata, as_they_are, source)
     spec = families.read_spec(config, source)[1]
     stored = gguf_tensors.open_tensors(file, target)
+    if spec.norm.plus_one:
+        stored = _less_one(stored, as_they_are)
     rules = gguf_names.rules(architecture, fused_qkv=gguf_names.FUSED_QKV in stored.infos)
     canonical = to_canonical(rules, spec, stored, dropped=(gguf_names.ROPE_FACTORS,), where=source)
     with manifests.creating(out, overwrite=overwrite) as work:
@@ -65,3 +71,15 @@ def convert(
         tools, settings = manifests.tools("gguf"), {"dtype": dtype}
         manifests.seal(work, Manifest(kind="checkpoint", tools=tools, settings=settings, parents=(parent,)))
     return Checkpoint(out)
+
+
+def _less_one(stored: Tensors, as_they_are: Tensors) -> Tensors:
+    """The norms as their authors have them; the one is taken away before a weight is rounded to another type."""
+
+    def load(name: str) -> Array:
+        if not gguf_names.is_norm(name):
+            return stored.load(name)
+        weight: Array = as_they_are.load(name) - np.float32(1)
+        return weight.astype(stored.infos[name].dtype)
+
+    return Tensors(stored.infos, load)

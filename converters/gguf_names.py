@@ -7,6 +7,8 @@
 Architectures "llama" and "baichuan" have the rows of q and k permuted for a rotation of neighbours (llama.cpp,
 convert_hf_to_gguf.py, `permute`); here they are put back, so that the head's halves form the pairs.
 
+Gemma's norms are kept here as 1 + the authors' weight: see `is_norm`.
+
 Knows: names and layouts. Does not know: settings (gguf_settings.py), the file.
 """
 
@@ -75,6 +77,7 @@ LAYOUTS = {
     "bloom": Layout(fused_qkv=True),
     "chatglm": Layout(fused_qkv=True, fused_mlp=True),
     "glm4": Layout(fused_mlp=True),
+    "gemma3": Layout(),
 }
 
 _OURS, _THEIRS = "layers.{layer}.", "blk.{layer}."
@@ -149,3 +152,8 @@ def stack_name(expert: str) -> str | None:
     """The inverse of `expert_name`: the stack that an expert's tensor is a part of."""
     met = _EXPERT.fullmatch(expert)
     return f"{met[1]}_exps.weight" if met else None
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor is a norm's weight, which GGUF has with its one added where the authors add it in the code."""
+    return name.endswith("norm.weight")

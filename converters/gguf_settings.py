@@ -100,6 +100,13 @@ def _qwen(config: Words) -> Words:
     return config | {"intermediate_size": config.get("intermediate_size", 0) // 2}
 
 
+def _gemma3(config: Words) -> Words:
+    """llama.cpp scales scores by the root of a head's size, but for the 27B, which it tells by its 62 layers."""
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    is_largest = config.get("num_hidden_layers") == 62
+    return config | {"query_pre_attn_scalar": hidden // heads if is_largest else config.get("head_dim")}
+
+
 _QKV_BIAS = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
 _BIAS = {"attention_bias": _QKV_BIAS}
 
@@ -143,6 +150,17 @@ ARCHITECTURES = {
         partial=True,
         square=True,
         relatives=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    ),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        _LLAMA
+        | {
+            "attention.sliding_window": "sliding_window",
+            "attention.sliding_window_pattern": "sliding_window_pattern",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        implied={"rope_local_base_freq": 10000.0, "sliding_window_pattern": 6},
+        complete=_gemma3,
     ),
     "glm4": Architecture("Glm4ForCausalLM", implied={"attention_bias": False}, switches=_BIAS, partial=True),
 }

@@ -94,7 +94,7 @@ def export(
 
 
 def _tell(found: Checkpoint) -> None:
-    if found.spec.attention.window:
+    if found.spec.attention.window and not found.spec.attention.full_layers:
         logger.warning(
             "%s has a sliding window of %d tokens, which llama.cpp does not apply to this architecture: beyond it its "
             "answers are another model's",
@@ -103,16 +103,17 @@ def _tell(found: Checkpoint) -> None:
 
 
 def _as_computed(theirs: Tensors, spec: ModelSpec) -> Tensors:
-    """llama.cpp does not divide the rows of a head by their lengths; so it gets them divided.
+    """What llama.cpp wants done beforehand, because it does not do it itself.
 
-    Read back and divided again they are what they are here, to the last bit or two.
+    The rows of a normalised head are divided by their lengths; read back and divided again they are what they are
+    here, to the last bit or two. A norm that adds one to its weight has it added, in float32.
     """
-    if not spec.normalised_head:
-        return theirs
 
     def load(name: str) -> Array:
         values = theirs.load(name)
-        if name != gguf_names.HEAD:
+        if spec.norm.plus_one and gguf_names.is_norm(name):
+            return values.astype(np.float32) + np.float32(1)
+        if not spec.normalised_head or name != gguf_names.HEAD:
             return values
         lengths = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float32))
         divided: Array = values / np.maximum(lengths, _SHORTEST)[:, None]

@@ -172,7 +172,8 @@ def original(ranked: Sequence[bytes], kind: Kind, special: Mapping[str, int]) ->
     except ImportError:
         return None
     ranks = {token: rank for rank, token in enumerate(ranked)}
-    encoding = tiktoken.Encoding("check", pat_str=kind.pre.pattern or "", mergeable_ranks=ranks, special_tokens=dict(special))
+    pattern = kind.pre.pattern or ""
+    encoding = tiktoken.Encoding("check", pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(special))
 
     def encode(text: str) -> list[int]:
         normal = unicodedata.normalize("NFC", text) if kind.pre.nfc else text

@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "glm": gguf.MODEL_ARCH.CHATGLM,
     "chatglm2": gguf.MODEL_ARCH.CHATGLM,
     "glm4": gguf.MODEL_ARCH.GLM4,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "qwen": gguf.MODEL_ARCH.QWEN,
     "baichuan": gguf.MODEL_ARCH.BAICHUAN,
 }
@@ -51,6 +52,16 @@ CASES: dict[str, tiny.Case] = {
             "moe_intermediate_size": 32,
             "num_experts": 5,
             "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "gemma3-by-sixes": tiny.Case(
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 8,
+            "num_hidden_layers": 7,
+            "tie_word_embeddings": True,
         },
     ),
     "baichuan-7b-deep": tiny.Case(
@@ -94,7 +105,13 @@ def _unpacked(name: str, values: np.ndarray, sizes: Any) -> dict[str, np.ndarray
     return {name.replace("W_pack", part): _permuted(part, own, sizes)[part] for part, own in parts.items()}
 
 
+def _plus_one(name: str, values: np.ndarray, _sizes: Any) -> dict[str, np.ndarray]:
+    """Gemma's norms."""
+    return {name: values + np.float32(1) if name.endswith("norm.weight") else values}
+
+
 TURNED = {
+    "gemma3_text": _plus_one,
     "llama": _permuted,
     "mistral": _permuted,
     "mixtral": _permuted,
@@ -215,6 +232,7 @@ def settings(config: Any, sizes: Any, name: str) -> dict[str, Any]:
     }
     scaling = getattr(config, "rope_parameters", None) or {}
     if not is_classic and config.model_type != "baichuan":
+        scaling = scaling.get("full_attention", scaling)
         theta = scaling.get("rope_theta") or sizes.theta or 10000.0
         fraction = scaling.get("partial_rotary_factor", 0.5) if config.model_type in _HALF else 1
         found |= {"rope.freq_base": float(theta), "rope.dimension_count": int(sizes.head_dim * fraction)}
@@ -227,7 +245,7 @@ def settings(config: Any, sizes: Any, name: str) -> dict[str, Any]:
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_ratio)}
     elif config.model_type == "chatglm":
         found["rope.freq_base"] = 10000.0 * getattr(config, "rope_ratio", 1.0)
-    if config.model_type in ("mistral", "mixtral") and config.sliding_window:
+    if config.model_type in ("mistral", "mixtral", "gemma3_text") and config.sliding_window:
         found["attention.sliding_window"] = config.sliding_window
     experts = {
         "expert_count": ("num_local_experts", "num_experts"),

@@ -25,6 +25,7 @@ UNSAYABLE = {
     *("llama-dynamic", "llama-longrope", "llama-yarn-mscale", "llama-yarn-no-truncate"),
     *("qwen2-window", "qwen3-bias-window", "qwen2-moe", "qwen2-moe-window", "qwen3-moe-sparse", "gpt2-untied"),
     *("glm", "glm-tied", "chatglm3", "chatglm3-32k", "chatglm2-32k", "qwen1-head-dim"),
+    *(name for name in tiny.TINY if name.startswith("gemma3")),
     *("baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b"),
 }
 SAYABLE = [name for name in tiny_gguf.CASES if name not in UNSAYABLE]
@@ -57,7 +58,9 @@ def test_tensors_and_spec_are_those_of_the_hugging_face_model(name: str, origina
     expected = Checkpoint(original(name))
     assert list(found.infos) == list(expected.infos)
     for tensor in expected:
-        assert np.array_equal(found[tensor], expected[tensor]), tensor
+        # Gemma's norms have their one added and taken away again, in float32.
+        atol = 2**-22 if expected.spec.norm.plus_one and "norm" in tensor else 0
+        np.testing.assert_allclose(found[tensor], expected[tensor], rtol=0, atol=atol, err_msg=tensor)
     family = expected.spec.family if expected.spec.attention.window else READ_AS.get(expected.spec.family)
     position = found.spec.position
     if isinstance(position, Rope) and isinstance(position.scaling, YarnScaling):

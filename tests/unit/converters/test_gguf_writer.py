@@ -51,6 +51,8 @@ REFUSED = {
     "baichuan2-7b": "2 layers",
     "baichuan2-13b": "3 layers",
     "opt": "the family 'opt'",
+    "gemma3": "'attention.scale'",
+    "gemma3-tied": "'attention.scale'",
 }
 WRITTEN = [name for name in tiny_gguf.CASES if name not in REFUSED]
 
@@ -69,7 +71,12 @@ def test_what_is_written_reads_back_the_same(name: str, dtype: str, tmp_path: Pa
     assert list(found) == list(original)
     for tensor in original:
         assert found[tensor].dtype == original[tensor].dtype
-        assert np.array_equal(found[tensor].view(np.uint8), original[tensor].view(np.uint8)), tensor
+        if original.spec.norm.plus_one and "norm" in tensor:
+            # The one is added and taken away again in float32, which rounds the smallest weights.
+            near = found[tensor].astype(np.float32), original[tensor].astype(np.float32)
+            assert np.allclose(*near, rtol=0.01 if dtype != "float32" else 0, atol=2**-22), tensor
+        else:
+            assert np.array_equal(found[tensor].view(np.uint8), original[tensor].view(np.uint8)), tensor
     spec = original.spec.model_copy(update={"family": found.spec.family})
     if isinstance(spec.position, Rope) and isinstance(spec.position.scaling, YarnScaling):
         assert found.spec.rope.scaling is not None

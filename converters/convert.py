@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.checkpoint import Checkpoint
-from llmc.converters import hf, peft, zero
+from llmc.converters import hf, paddle, peft, zero
 from llmc.converters.rules import Progress
 from llmc.errors import UserError
 
@@ -35,6 +35,8 @@ def convert(
         return peft.convert(source, out, base=base, dtype=dtype, overwrite=overwrite, progress=progress)
     if base is not None:
         raise UserError(f"{source} is not an adapter (it has no {peft.CONFIG}), so it has no --base", param="base")
+    if source.is_dir() and paddle.is_folder(source):
+        return paddle.convert(source, out, dtype=dtype, overwrite=overwrite, progress=progress)
     if source.is_dir() and zero.is_checkpoint(source) and not hf.has_weights(source):
         return zero.convert(source, out, dtype=dtype, overwrite=overwrite, progress=progress)
     source = _gguf_inside(source)

@@ -30,9 +30,19 @@ class Format:
 
 FORMATS = {
     "hf": Format(
-        "llmc.converters.hf",
-        "Hugging Face",
+        "llmc.converters.native",
+        "Hugging Face, for transformers",
         "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+    ),
+    "original": Format(
+        "llmc.converters.hf",
+        "Hugging Face, as the model's authors publish it",
+        "llmc convert {out} CHECKPOINT",
+    ),
+    "paddle": Format(
+        "llmc.converters.paddle",
+        "PaddleNLP",
+        "python -c 'import paddlenlp.transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
     ),
     "gguf": Format(
         "llmc.converters.gguf_writer",

@@ -158,8 +158,25 @@ def _are_equal(left: TensorInfo, right: TensorInfo) -> bool:
     )
 
 
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that can be exported.
+
+    Raises:
+        ManifestError: `folder` is not a checkpoint.
+        UserError: It is quantized.
+    """
+    found = Checkpoint(folder)
+    if found.recipe is not None:
+        names = ", ".join(parent.name for parent in found.manifest.parents) or "its parent"
+        raise UserError(
+            f"{folder} is quantized ({found.recipe.algorithm}), and the format has no place for that: "
+            f"export the checkpoint that it was made from ({names}): llmc export {names} OUT"
+        )
+    return found
+
+
 def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Manifest:
-    """Write a checkpoint as a Hugging Face folder, the tensors bit-equal to what it was converted from.
+    """Write a checkpoint as its authors publish it, the tensors bit-equal to what it was converted from.
 
     The config is the authors' own where the checkpoint has it (source/config.json), else one written from the spec.
 
@@ -167,31 +184,43 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         ManifestError: `folder` is not a checkpoint.
         UserError: It is quantized, or `out` exists.
     """
-    found = Checkpoint(folder)
-    if found.recipe is not None:
-        names = ", ".join(parent.name for parent in found.manifest.parents) or "its parent"
-        raise UserError(
-            f"{folder} is quantized ({found.recipe.algorithm}), and Hugging Face's format has no place for that: "
-            f"export the checkpoint that it was made from ({names}): llmc export {names} {out}"
-        )
+    found = open_checkpoint(folder)
     family = families.by_name(found.spec.family)
-    theirs = from_canonical(family.rules, found.spec, Tensors(found.infos, found.__getitem__))
+    return write(found, family, found.spec, out, overwrite=overwrite, progress=progress)
+
+
+def write(
+    found: Checkpoint,
+    family: Family,
+    spec: ModelSpec,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write a checkpoint under a family's names.
+
+    Args:
+        family: The checkpoint's own, or another that can say the same model.
+        spec: The checkpoint's, with the name of that family.
+    """
+    theirs = from_canonical(family.rules, spec, Tensors(found.infos, found.__getitem__))
     with manifests.creating(out, overwrite=overwrite) as work:
         load = theirs.watched("export", progress)
         values = ((name, load(name)) for name in theirs.infos)
-        tensors.write_sharded(work, theirs.infos, values, max_bytes=checkpoint.SHARD_BYTES)
-        checkpoint.copy_tokenizer(folder, work)
-        _write_config(found, family, work)
-        parents = (manifests.parent(folder),)
-        return manifests.seal(work, Manifest(kind="export", tools=manifests.tools(), parents=parents))
+        hashes = tensors.write_sharded(work, theirs.infos, values, max_bytes=checkpoint.SHARD_BYTES)
+        checkpoint.copy_tokenizer(found.folder, work)
+        _write_config(found, family, spec, work)
+        parents = (manifests.parent(found.folder),)
+        return manifests.seal(work, Manifest(kind="export", tools=manifests.tools(), parents=parents), hashes)
 
 
-def _write_config(found: Checkpoint, family: Family, work: Path) -> None:
+def _write_config(found: Checkpoint, family: Family, spec: ModelSpec, work: Path) -> None:
     source, dtype = found.folder / SOURCE, str(found.infos["embed.weight"].dtype)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, work / GENERATION)
-    if not (source / CONFIG).is_file():
-        config = family.write(found.spec) | {"dtype": dtype, "torch_dtype": dtype}
+    if not (source / CONFIG).is_file() or spec.family != found.spec.family:
+        config = family.write(spec) | {"dtype": dtype, "torch_dtype": dtype}
         generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.
         config |= {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}

@@ -315,8 +315,8 @@ def _apply(name: str, weight: Array, change: _Change, dtype: np.dtype[Any]) -> A
 
 
 def _rows(weight: Array) -> Iterator[slice]:
-    """Blocks of rows whose float32 copies take up to BLOCK_BYTES."""
-    step = max(1, cast.BLOCK_BYTES // max(1, 4 * math.prod(weight.shape[1:])))
+    """Blocks of rows; several copies of one, in float32 and float64, take up to BLOCK_BYTES."""
+    step = max(1, cast.BLOCK_BYTES // max(1, 32 * math.prod(weight.shape[1:])))
     for first in range(0, len(weight), step):
         yield slice(first, first + step)
 

@@ -50,4 +50,4 @@ def write(spec: ModelSpec) -> dict[str, Any]:
 
 
 _NAMES = ("BaichuanForCausalLM", "BaiChuanForCausalLM")
-FAMILY = Family("baichuan", _NAMES, read, write, RULES, llama.DROPPED, positions=("rope", "alibi"))
+FAMILY = Family("baichuan", _NAMES, read, write, RULES, llama.DROPPED, "", ("rope", "alibi"), "llama")

@@ -42,4 +42,5 @@ def write(spec: ModelSpec) -> dict[str, Any]:
 
 
 _NAMES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
-FAMILY = Family("chatglm2", _NAMES, read, write, RULES, dropped=("transformer.rotary_pos_emb.inv_freq",))
+_TABLES = ("transformer.rotary_pos_emb.inv_freq",)
+FAMILY = Family("chatglm2", _NAMES, read, write, RULES, dropped=_TABLES, native="glm")

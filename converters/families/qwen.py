@@ -29,10 +29,10 @@ RULES = (
 _SIZES = {key: key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")} | {
     "intermediate_size": "intermediate_size", "kv_channels": "head_dim", "seq_length": "max_position_embeddings"
 }  # fmt: skip
-# The last two do nothing up to the trained length, which is a spec's `max_positions`.
+# Dynamic NTK and log-n attention do nothing up to the trained length, which is a spec's `max_positions`.
 _HARMLESS = HARMLESS | {
     "attn_dropout_prob", "bf16", "emb_dropout_prob", "fp16", "fp32", "max_position_embeddings", "onnx_safe",
-    "softmax_in_fp32", "use_cache_kernel", "use_cache_quantization", "use_flash_attn", "use_dynamic_ntk",
+    "softmax_in_fp32", "use_cache_kernel", "use_cache_quantization", "use_dynamic_ntk", "use_flash_attn",
     "use_logn_attn",
 }  # fmt: skip
 
@@ -57,4 +57,4 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     return config | {"architectures": ["QWenLMHeadModel"]}
 
 
-FAMILY = Family("qwen", ("QWenLMHeadModel",), read, write, RULES, dropped=("transformer.*rotary_emb.inv_freq",))
+FAMILY = Family("qwen", ("QWenLMHeadModel",), read, write, RULES, ("*rotary_emb.inv_freq",), native="qwen2")

@@ -21,7 +21,11 @@ import click
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: bool) -> None:
-    """Make the checkpoint OUT of SOURCE: a Hugging Face folder, a .gguf file, or the folder of a training run."""
+    """Make the checkpoint OUT of SOURCE.
+
+    SOURCE is a Hugging Face or PaddleNLP folder, a .gguf file, a PEFT adapter (with --base), a DeepSpeed ZeRO
+    checkpoint, or the folder of a training run.
+    """
     from llmc.commands.progress import shown
     from llmc.commands.report import folder_size
     from llmc.converters.convert import convert

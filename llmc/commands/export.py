@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-FORMATS = ["hf", "gguf"]  # llmc.converters.export has what they are; a test compares
+FORMATS = ["hf", "original", "paddle", "gguf"]  # llmc.converters.export has what they are; a test compares
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
@@ -20,7 +20,7 @@ TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
     type=click.Choice(FORMATS),
     default="hf",
     show_default=True,
-    help="hf: Hugging Face; gguf: llama.cpp.",
+    help="hf: Hugging Face, for transformers; original: as its authors publish it; paddle: PaddleNLP; gguf: llama.cpp.",
 )
 @click.option("--type", "kind", type=click.Choice(TYPES), help="Of the matrices, for gguf; else they stay as they are.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")

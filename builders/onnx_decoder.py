@@ -4,14 +4,14 @@ Knows the spec and the canonical names. Does not know families, files or runtime
 
 Tokens of all sequences are rows of one matrix [batch * length, hidden]; only attention sees batch and length:
 
-    tokens ── embed ──► x
+    tokens ── embed ── [+ positions] ──► x
     each layer:
         x ── norm ── qkv ── GroupQueryAttention (rotary, cache) ── o ─► + ──► x
-        x ── norm ─┬─ gate ── silu ─► * ── down ──────────────────────► + ──► x
-                   └─ up ───────────►
+        x ── norm ─┬─ gate ── activation ─► * ── down ────────────────► + ──► x
+                   └─ up ─────────────────►
     x ── norm ── Gather(rows) ── head ──► logits
 
-An addition and the norm that follows it are one operator, SkipSimplifiedLayerNormalization.
+An addition and the norm that follows it are one operator, SkipLayerNormalization or SkipSimplifiedLayerNormalization.
 """
 
 from __future__ import annotations
@@ -23,16 +23,34 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llmc import rope
+from llmc import alibi, names, rope
+from llmc.builders import onnx_moe
 from llmc.builders.onnx_graph import MICROSOFT, Graph
+from llmc.builders.onnx_layers import state_name
 from llmc.builders.onnx_linear import Lowering, path
+from llmc.errors import UnsupportedModelError
 from llmc.recipe import QuantRecipe
-from llmc.spec import ModelSpec
+from llmc.spec import Alibi, Learned, ModelSpec, Rope
 
 FLOAT, INT8, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 
-# SiLU(x) = x sigmoid(x) is QuickGelu(x) = x sigmoid(alpha x) with alpha 1: one pass instead of two operators.
-_SILU_ALPHA = 1.0
+# GroupQueryAttention's CPU kernel wants tables whose rows are multiples of 8 pairs.
+_TURNED_UNIT = 16
+
+# Kind of norm -> the operator alone, and with an addition before it.
+_NORMS = {
+    "rms": ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    "layer": ("LayerNormalization", "SkipLayerNormalization"),
+}
+
+# Activation -> operator and its options. SiLU(x) = x sigmoid(x) is QuickGelu(x) = x sigmoid(alpha x) with alpha 1: one
+# pass instead of two operators.
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "silu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.0}),
+    "gelu": ("Gelu", {}),
+    "gelu_tanh": ("FastGelu", {"domain": MICROSOFT}),
+    "relu": ("Relu", {}),
+}
 
 
 def draw(
@@ -64,14 +82,16 @@ def draw(
     decoder = _Decoder(spec, graph, lowering, tokens, max_length, kv_int8)
 
     flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")
-    x = lowering.embedding(flat, "embed")
-    normed = decoder.norm(x, "layers.0.attn_norm")
-    for layer in range(spec.num_layers):
-        following = f"layers.{layer + 1}.attn_norm" if layer + 1 < spec.num_layers else "norm"
-        normed, x = decoder.add_norm(x, decoder.attention(normed, layer), f"layers.{layer}.mlp_norm")
-        normed, x = decoder.add_norm(x, decoder.mlp(normed, f"layers.{layer}.mlp"), following)
-    sampled = graph.call("Gather", [normed, rows], "/rows")
-    logits = lowering.linear(sampled, "embed" if spec.tied else "head", node="/head")
+    x = decoder.embed(flat)
+    x.name = state_name(0)
+    out = decoder.layers(x) if spec.norm.order != "after" else decoder.layers_with_norms_after(x)
+    sampled = graph.call("Gather", [out, rows], "/rows")
+    if spec.embedding_size:
+        sampled = lowering.linear(sampled, "embed_out")
+    head = "embed" if spec.tied else "head"
+    logits = lowering.linear(sampled, head, node="/head")
+    if spec.normalised_head:
+        logits = graph.call("Mul", [logits, lowering.inverse_lengths(head)], "/head/normalised")
     graph.output(logits, "logits", FLOAT, ["rows", spec.vocab_size])
     decoder.declare_presents()
     return graph
@@ -86,10 +106,19 @@ class _Decoder:
         self.spec, self.graph, self.lowering, self.kv_int8 = spec, graph, lowering, kv_int8
         self.seqlens = graph.input("seqlens_k", INT32, ["batch"])
         self.total = graph.input("total_sequence_length", INT32, [])
-        self.cos, self.sin = (
-            graph.weight(f"rotary.{name}", np.float32, table.shape, table.copy)
-            for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length), strict=True)
-        )
+        self.rotary: dict[Rope, list[ir.Value | None]] = {}
+        if isinstance(spec.position, Rope):
+            if spec.position.size(spec.attention.head_dim) % _TURNED_UNIT:
+                raise UnsupportedModelError(
+                    f"{spec.position.size(spec.attention.head_dim)} dimensions of each head are turned; the attention "
+                    f"operator of ONNX Runtime turns multiples of {_TURNED_UNIT}"
+                )
+            for one in dict.fromkeys(spec.rope_of(layer) for layer in range(spec.num_layers)):
+                prefix = "rotary" if one == spec.position else "rotary.window"
+                self.rotary[one] = [
+                    graph.weight(f"{prefix}.{name}", np.float32, table.shape, table.copy)
+                    for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length, of=one), strict=True)
+                ]
         self.cache_type = INT8 if kv_int8 else FLOAT
         self.cache_shape: list[int | str] = [
             "batch",
@@ -98,33 +127,114 @@ class _Decoder:
             spec.attention.head_dim,
         ]
         self.presents: dict[str, ir.Value] = {}
-        shape = graph.call("Shape", [tokens], "/shape")
-        self.batched = graph.call("Concat", [shape, graph.constant("/rest", np.array([-1]))], "/batched", axis=0)
+        self.shape = graph.call("Shape", [tokens], "/shape")
+        self.batched = graph.call("Concat", [self.shape, graph.constant("/rest", np.array([-1]))], "/batched", axis=0)
         self.flat = graph.constant("/flat", np.array([-1, spec.q_size]))
+        self.bias = self.linear_biases() if isinstance(spec.position, Alibi) else None
+
+    def embed(self, tokens: ir.Value) -> ir.Value:
+        """What the first layer is given of the tokens [batch * length]."""
+        x = self.lowering.embedding(tokens, "embed")
+        if self.spec.embedding_scale != 1:
+            scale = self.graph.constant("/embed/scale", np.array(self.spec.embedding_scale, np.float32))
+            x = self.graph.call("Mul", [x, scale], "/embed/scaled")
+        if self.spec.embedding_size:
+            x = self.lowering.linear(x, "embed_in")
+        if self.spec.norm.embedding:
+            x = self.norm(x, "embed_norm")
+        if isinstance(self.spec.position, Learned):
+            x = self.graph.call("Add", [x, self.positions(self.spec.position.offset)], "/positions/added")
+        return x
+
+    def linear_biases(self) -> ir.Value:
+        """ALiBi: what is added to scores, [1, heads, length, total].
+
+        The distance to a key is counted from the longest sequence's last token, for all queries alike: what they are
+        too far is the same for all keys of a query, and softmax takes it out.
+        """
+        graph = self.graph
+
+        def number(name: str, values: Any) -> ir.Value:
+            return graph.constant(f"/alibi/{name}", np.array(values))
+
+        total = graph.call("Cast", [self.total], "/alibi/total", to=INT64)
+        keys = graph.call("Range", [number("zero", 0), total, number("one", 1)], "/alibi/keys")
+        last = graph.call("Sub", [total, number("step", 1)], "/alibi/last")
+        distances = graph.call("Cast", [graph.call("Sub", [last, keys], "/alibi/distances")], "/alibi/far", to=FLOAT)
+        slopes = -alibi.slopes(self.spec.attention.num_heads).reshape(1, -1, 1, 1)
+        row = graph.call("Mul", [distances, graph.constant("/alibi/slopes", slopes)], "/alibi/row")
+        length = graph.call("Gather", [self.shape, number("axis", [1])], "/alibi/length")
+        shape = graph.call("Concat", [number("ones", [1, 1]), length, number("any", [1])], "/alibi/shape", axis=0)
+        return graph.call("Expand", [row, shape], "/alibi")
+
+    def layers(self, x: ir.Value) -> ir.Value:
+        """All layers, and the norm at the end."""
+        normed = self.norm(x, "layers.0.attn_norm")
+        for layer in range(self.spec.num_layers):
+            following = f"layers.{layer + 1}.attn_norm" if layer + 1 < self.spec.num_layers else "norm"
+            mixed = self.post_norm(self.attention(normed, layer), f"layers.{layer}.attn_post_norm")
+            normed, x = self.add_norm(x, mixed, f"layers.{layer}.mlp_norm")
+            mixed = self.post_norm(self.mix(normed, layer), f"layers.{layer}.mlp_post_norm")
+            normed, x = self.add_norm(x, mixed, following)
+            x.name = state_name(layer + 1)
+        return normed
+
+    def post_norm(self, x: ir.Value, name: str) -> ir.Value:
+        """An output as it is added to the residual stream."""
+        return self.norm(x, name) if self.spec.norm.order == "both" else x
+
+    def layers_with_norms_after(self, x: ir.Value) -> ir.Value:
+        """All layers, where the sum is normalised and goes on so."""
+        for layer in range(self.spec.num_layers):
+            x, _ = self.add_norm(x, self.attention(x, layer), f"layers.{layer}.attn_norm")
+            x, _ = self.add_norm(x, self.mix(x, layer), f"layers.{layer}.mlp_norm")
+            x.name = state_name(layer + 1)
+        return x
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """x normalised over its last axis."""
-        weight = self._gamma(name)
-        return self.graph.call(
-            "SimplifiedLayerNormalization", [x, weight], path(name), epsilon=self.spec.norm.eps, axis=-1
-        )
+        operator, _ = _NORMS[self.spec.norm.kind]
+        inputs = [x, *self._norm_weights(name)]
+        return self.graph.call(operator, inputs, path(name), epsilon=self.spec.norm.eps, axis=-1)
 
     def add_norm(self, x: ir.Value, y: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """(norm(x + y), x + y)."""
+        _, operator = _NORMS[self.spec.norm.kind]
+        inputs = [x, y, *self._norm_weights(name)]
         normed, _, _, added = self.graph.node(
-            "SkipSimplifiedLayerNormalization",
-            [x, y, self._gamma(name)],
-            path(name),
-            domain=MICROSOFT,
-            outputs=4,
-            epsilon=self.spec.norm.eps,
+            operator, inputs, path(name), domain=MICROSOFT, outputs=4, epsilon=self.spec.norm.eps
         )
         return normed, added
 
-    def _gamma(self, name: str) -> ir.Value:
+    def _norm_weights(self, name: str) -> list[ir.Value]:
         is_head = name.endswith(("q_norm", "k_norm"))
         size = self.spec.attention.head_dim if is_head else self.spec.hidden_size
-        return self.lowering.weight([name], "weight", (size,))
+        if self.spec.norm.plus_one:
+            weight = f"{name}.weight"
+            load = self.lowering.load
+            return [self.graph.weight(weight, np.float32, (size,), lambda: load(weight).astype(np.float32) + 1)]
+        kinds = ("weight", "bias") if self.spec.norm.kind == "layer" else ("weight",)
+        return [self.lowering.weight([name], kind, (size,)) for kind in kinds]
+
+    def positions(self, offset: int) -> ir.Value:
+        """Rows of the learned positions of all tokens, [batch * length, hidden].
+
+        A sequence's new tokens are its last: the first of them stands at seqlens_k + 1 - length.
+        """
+        graph = self.graph
+
+        def number(name: str, values: Any) -> ir.Value:
+            return graph.constant(f"/positions/{name}", np.array(values))
+
+        length = graph.call("Gather", [self.shape, number("axis", 1)], "/positions/length")
+        new = graph.call("Range", [number("zero", 0), length, number("one", 1)], "/positions/new")
+        last = graph.call("Cast", [self.seqlens], "/positions/last", to=INT64)
+        end = graph.call("Add", [last, number("offset", offset + 1)], "/positions/end")
+        first = graph.call("Sub", [end, length], "/positions/first")
+        column = graph.call("Unsqueeze", [first, number("column", [1])], "/positions/begin")
+        table = graph.call("Add", [column, new], "/positions/rows")
+        flat = graph.call("Reshape", [table, number("flat", [-1])], "/positions/flat_rows")
+        return self.lowering.embedding(flat, "positions")
 
     def attention(self, x: ir.Value, layer: int) -> ir.Value:
         """o(attention(rotary(q), rotary(k), v)).
@@ -141,18 +251,21 @@ class _Decoder:
         scales: list[ir.Value | None] = []
         if self.kv_int8:
             shape = (1, spec.num_kv_heads, 1, spec.head_dim)
-            scales = [None, None, None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
+            scales = [None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
             quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        rotary = self.rotary[self.spec.rope_of(layer)] if self.rotary else [None, None]
         out, key, value = graph.node(
             "GroupQueryAttention",
-            [*self._qkv(x, at), *past, self.seqlens, self.total, self.cos, self.sin, *scales],
+            [*self._qkv(x, at), *past, self.seqlens, self.total, *rotary, None, self.bias, *scales],
             path(at),
             domain=MICROSOFT,
             outputs=3,
             num_heads=spec.num_heads,
             kv_num_heads=spec.num_kv_heads,
-            do_rotary=1,
+            do_rotary=int(isinstance(self.spec.position, Rope)),
+            rotary_interleaved=int(isinstance(self.spec.position, Rope) and self.spec.position.interleaved),
             local_window_size=self.spec.window(layer) or -1,
+            scale=spec.scale or 0.0,
             **quantized,
         )
         self.presents[f"present.{layer}.key"] = key
@@ -178,12 +291,22 @@ class _Decoder:
     def _batch(self, x: ir.Value, name: str) -> ir.Value:
         return self.graph.call("Reshape", [x, self.batched], f"{path(name)}/batched")
 
+    def mix(self, x: ir.Value, layer: int) -> ir.Value:
+        """The layer's MLP, or its mixture of experts."""
+        moe = self.spec.experts(layer)
+        if moe is None:
+            return self.mlp(x, f"layers.{layer}.mlp")
+        return onnx_moe.mixture(self.lowering, self.spec, moe, self.mlp, x, f"layers.{layer}.moe")
+
     def mlp(self, x: ir.Value, at: str) -> ir.Value:
-        """down(silu(gate(x)) * up(x))."""
-        gate, up = (self.lowering.linear(x, f"{at}.{name}") for name in ("gate", "up"))
-        active = self.graph.call("QuickGelu", [gate], path(f"{at}.silu"), domain=MICROSOFT, alpha=_SILU_ALPHA)
-        product = self.graph.call("Mul", [active, up], path(f"{at}.product"))
-        return self.lowering.linear(product, f"{at}.down")
+        """down(activation(gate(x)) * up(x)), or down(activation(up(x)))."""
+        activation = self.spec.mlp.activation
+        operator, options = _ACTIVATIONS[activation]
+        made = [self.lowering.linear(x, f"{at}.{name}") for name in names.inputs_of_mlp(self.spec)]
+        inner = self.graph.call(operator, made[:1], path(f"{at}.{activation}"), **options)
+        if self.spec.mlp.gated:
+            inner = self.graph.call("Mul", [inner, made[1]], path(f"{at}.product"))
+        return self.lowering.linear(inner, f"{at}.down")
 
     def declare_presents(self) -> None:
         for name, value in self.presents.items():

@@ -21,8 +21,14 @@ import onnx_ir as ir
 
 from llmc import names
 from llmc.builders.onnx_graph import MICROSOFT, Graph
+from llmc.quant import pack
 from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
+
+INT8_ARITHMETIC = 4  # as an accuracy_level
+
+# What torch's functional.normalize takes for the length of a row of zeros.
+_SHORTEST = np.float32(1e-12)
 
 Array = npt.NDArray[Any]
 Modules = Sequence[str]
@@ -57,7 +63,10 @@ class Lowering:
         self._known: dict[str, ir.Value] = {}
 
     def format(self, module: str) -> WeightFormat | None:
-        return self._recipe.format_of(module) if self._recipe else None
+        weight = f"{module}.weight"
+        return (
+            self._recipe.format_of(module) if self._recipe and names.is_matrix(weight, self._shapes[weight]) else None
+        )
 
     def linear(self, x: ir.Value, *modules: str, node: str = "") -> ir.Value:
         """y = x W^T + b, the outputs of several modules of the same format side by side.
@@ -121,6 +130,24 @@ class Lowering:
             return found
         start, end, axis = (self.graph.constant(f"{path(module)}/cut:{n}", np.array([n])) for n in (0, width, 1))
         return self.graph.call("Slice", [found, start, end, axis], f"{path(module)}/cut")
+
+    def inverse_lengths(self, module: str) -> ir.Value:
+        """One over the Euclidean length of each row of a matrix, as it is after packing: float32 [rows]."""
+        rows, width = self._shapes[f"{module}.weight"]
+
+        def load() -> Array:
+            form = self.format(module)
+            if form is None:
+                values = self.load(f"{module}.weight").astype(np.float32, copy=False)
+            else:
+                zero = None if form.symmetric else self.load(f"{module}.zero")
+                values = pack.dequantize(
+                    self.load(f"{module}.qweight"), self.load(f"{module}.scale"), zero, form, width
+                )
+            lengths: Array = np.linalg.norm(values, axis=1)
+            return 1 / np.maximum(lengths, _SHORTEST)
+
+        return self.graph.weight(f"{module}.inverse_lengths", np.float32, (rows,), load)
 
     def _zero(self, modules: Modules, form: WeightFormat, rows: int, groups: int) -> ir.Value | None:
         if form.symmetric:

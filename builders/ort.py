@@ -12,13 +12,13 @@ from typing import Literal
 
 from llmc import manifest as manifests
 from llmc import names
-from llmc.builders import onnx_decoder
+from llmc.builders import onnx_decoder, onnx_linear
 from llmc.checkpoint import Checkpoint, copy_tokenizer
 from llmc.engine import Engine
 from llmc.errors import UserError
 
 # MatMulNBits' accuracy_level by the arithmetic of quantized products.
-ACCURACY_LEVELS = {"int8": 4, "float32": 1}
+ACCURACY_LEVELS = {"int8": onnx_linear.INT8_ARITHMETIC, "float32": 1}
 
 
 def build(

@@ -56,7 +56,7 @@ def on_disk(infos: Mapping[str, TensorInfo], dtype: np.dtype[Any] | None) -> Ten
         info = infos[name]
         if dtype is None or dtype == info.dtype:
             return read_tensor(info)
-        return assemble(name, info.shape, dtype, map(read_tensor, blocks(info)))
+        return assemble(name, np.empty(info.shape, dtype), map(read_tensor, blocks(info)))
 
     found = {name: info if dtype is None else TensorInfo(dtype, info.shape) for name, info in infos.items()}
     return Tensors(found, load)
@@ -75,19 +75,23 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def assemble(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Iterable[Array]) -> Array:
-    """One tensor from blocks of its rows, cast on the way.
+def assemble(name: str, into: Array, parts: Iterable[Array]) -> Array:
+    """Fill a tensor with blocks of its rows, cast on the way; returns it.
+
+    Args:
+        name: For errors.
+        into: Its memory; a part may be a view of the rows that it fills.
 
     Raises:
-        CheckpointError: A finite value is beyond the range of `dtype`.
+        CheckpointError: A finite value is beyond the range of the tensor's type.
     """
-    values = np.empty((_rows(shape), math.prod(shape[1:])), dtype)
+    values = into.reshape(_rows(into.shape), math.prod(into.shape[1:]))
     done = 0
     for block in parts if values.size else ():
         flat = block.reshape(-1, values.shape[1])
         with np.errstate(over="ignore"):
             values[done : done + len(flat)] = flat
         if (np.isinf(values[done : done + len(flat)]) & np.isfinite(flat)).any():
-            raise CheckpointError(f"'{name}' has values that {dtype} cannot hold: convert with --dtype bfloat16")
+            raise CheckpointError(f"'{name}' has values that {into.dtype} cannot hold: convert with --dtype bfloat16")
         done += len(flat)
-    return values.reshape(shape)
+    return into

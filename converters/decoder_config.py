@@ -6,12 +6,12 @@ the family has and others lack.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from llmc.converters.reader import HARMLESS, Reader
-from llmc.converters.rope_config import read_rope, write_rope
+from llmc.converters.rope_config import PLAIN, read_rope, write_rope
 from llmc.errors import UnsupportedModelError
-from llmc.spec import Attention, Mlp, ModelSpec, Norm
+from llmc.spec import Alibi, Attention, Mlp, ModelSpec, Moe, Norm, Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -28,6 +28,12 @@ def read_decoder(
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
+    eps: float = 1e-6,
+    rope: Rope = PLAIN,
+    norms: Literal["before", "both"] = "before",
+    moe: Moe | None = None,
+    alibi: bool = False,
+    normalised_head: bool = False,
 ) -> ModelSpec:
     """Read what is common, take the rest from the arguments, and refuse what is left over.
 
@@ -36,12 +42,19 @@ def read_decoder(
         max_positions: When the config does not say.
         head_dim: When the config does not say; None means hidden size over heads.
         window: The sliding window and the layers that see all in spite of it.
+        eps: Of the norms, when the config does not say.
+        rope: The rotary embedding, when the config does not say.
+        alibi: There is none, and linear biases in its place.
 
     Raises:
         UnsupportedModelError: A setting is missing, misspelt, of the wrong type or of an unsupported value.
     """
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    position, reach = read_rope(reader, reader.integer("max_position_embeddings", max_positions))
+    position, reach = (
+        (Alibi(), max_positions)
+        if alibi
+        else read_rope(reader, reader.integer("max_position_embeddings", max_positions), rope)
+    )
     activation = reader.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"{reader.where}: 'hidden_act' is {activation!r}; llmc supports 'silu' alone")
@@ -55,7 +68,7 @@ def read_decoder(
         hidden_size=hidden_size,
         num_layers=reader.integer("num_hidden_layers"),
         max_positions=reach,
-        norm=Norm(eps=reader.number("rms_norm_eps", 1e-6)),
+        norm=Norm(eps=reader.number("rms_norm_eps", eps), order=norms),
         position=position,
         attention=Attention(
             num_heads=num_heads,
@@ -68,7 +81,9 @@ def read_decoder(
             full_layers=window[1],
         ),
         mlp=Mlp(intermediate_size=reader.integer("intermediate_size"), bias=mlp_bias),
+        moe=moe,
         tied=reader.flag("tie_word_embeddings"),
+        normalised_head=normalised_head,
     )
     reader.done(HARMLESS)
     return spec
@@ -111,6 +126,36 @@ def write_layer_windows(spec: ModelSpec) -> dict[str, Any]:
         "sliding_window": spec.attention.window,
         "max_window_layers": [*full, False].index(False),
         "layer_types": [FULL if is_full else SLIDING for is_full in full],
+    }
+
+
+def read_experts(reader: Reader, *, shared_size: int | None = None) -> Moe:
+    """Qwen's experts: in every `decoder_sparse_step`th layer that is not one of `mlp_only_layers`."""
+    layers, dense = range(reader.integer("num_hidden_layers")), reader.integers("mlp_only_layers")
+    step = reader.integer("decoder_sparse_step", 1)
+    if step < 1:
+        raise UnsupportedModelError(f"{reader.where}: 'decoder_sparse_step' is {step}, expected 1 or more")
+    return Moe(
+        # transformers 5 writes Qwen3's number under the first name, which is Mixtral's.
+        num_experts=reader.integer("num_local_experts" if "num_local_experts" in reader else "num_experts"),
+        top_k=reader.integer("num_experts_per_tok"),
+        intermediate_size=reader.integer("moe_intermediate_size"),
+        renormalise=reader.flag("norm_topk_prob"),
+        shared_size=shared_size,
+        dense_layers=tuple(layer for layer in layers if layer in dense or (layer + 1) % step),
+    )
+
+
+def write_experts(spec: ModelSpec) -> dict[str, Any]:
+    """The inverse of `read_experts`."""
+    if spec.moe is None:
+        return {}
+    return {
+        "num_experts": spec.moe.num_experts,
+        "num_experts_per_tok": spec.moe.top_k,
+        "moe_intermediate_size": spec.moe.intermediate_size,
+        "norm_topk_prob": spec.moe.renormalise,
+        "mlp_only_layers": list(spec.moe.dense_layers),
     }
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc.converters import cast
+from llmc.converters import cast, gguf_names
 from llmc.converters.gguf_file import GgufFile, StoredTensor
 from llmc.converters.rules import Tensors
 from llmc.errors import CheckpointError, UnsupportedModelError
@@ -43,6 +43,26 @@ class _Type:
         return columns // self.block * self.block_bytes
 
 
+def unstacked(file: GgufFile) -> GgufFile:
+    """The file with each stack of experts as its experts, and vectors without the ones that some files have before.
+
+    Blocks of numbers lie within rows, so an expert's bytes are those of a tensor of its own.
+    """
+    types = _types()
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in file.tensors.items():
+        if gguf_names.expert_name(name, 0) is None or len(tensor.shape) != 3:
+            is_row = len(tensor.shape) == 2 and tensor.shape[0] == 1 and name.endswith(gguf_names.VECTOR)
+            found[name] = replace(tensor, shape=tensor.shape[1:]) if is_row else tensor
+            continue
+        kind, shape = _check(file, tensor, types), tensor.shape[1:]
+        for expert in range(tensor.shape[0]):
+            own = str(gguf_names.expert_name(name, expert))
+            offset = tensor.offset + expert * shape[0] * kind.row_bytes(shape[1])
+            found[own] = StoredTensor(own, shape, tensor.kind, offset)
+    return replace(file, tensors=found)
+
+
 def open_tensors(file: GgufFile, target: np.dtype[Any] | None) -> Tensors:
     """All tensors, nothing read yet.
 
@@ -62,7 +82,8 @@ def open_tensors(file: GgufFile, target: np.dtype[Any] | None) -> Tensors:
 
     def load(name: str) -> Array:
         tensor = file.tensors[name]
-        return cast.assemble(name, tensor.shape, infos[name].dtype, _blocks(file.path, tensor, types[tensor.kind]))
+        into = np.empty(tensor.shape, infos[name].dtype)
+        return cast.assemble(name, into, _blocks(file.path, tensor, types[tensor.kind]))
 
     return Tensors(infos, load)
 

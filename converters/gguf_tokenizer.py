@@ -46,7 +46,7 @@ class TokenType(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class _PreTokenizer:
+class PreTokenizer:
     """How byte-level BPE cuts text into words.
 
     Attributes:
@@ -63,21 +63,37 @@ class _PreTokenizer:
     whole_words: bool = False
     add_bos: bool = False
 
+    def install(self, tokenizer: Tokenizer) -> None:
+        """Let a tokenizer cut words so, and put its bytes together again."""
+        if self.nfc:
+            tokenizer.normalizer = normalizers.NFC()
+        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
+        if self.pattern is not None:
+            steps.append(pre_tokenizers.Split(Regex(self.pattern), behavior="isolated"))
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        tokenizer.decoder = decoders.ByteLevel()
+
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
-_GPT2 = _PreTokenizer()
-_LLAMA3 = _PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}{1,3}|" + _TAIL, whole_words=True, add_bos=True)
-_SMOLLM = _PreTokenizer(digits=True)
-_TEKKEN = _PreTokenizer(
+_GPT2 = PreTokenizer()
+_LLAMA3 = PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}{1,3}|" + _TAIL, whole_words=True, add_bos=True)
+_SMOLLM = PreTokenizer(digits=True)
+_TEKKEN = PreTokenizer(
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     whole_words=True,
     add_bos=True,
 )
+
+# Neither a space nor one of these marks; as its authors nest the brackets, they count as marks, too.
+_BLOOM = PreTokenizer(r" ?[^(\s|[.,!?…。，、।۔،])]+")  # noqa: RUF001 - its authors' own
+# llama.cpp's "glm4" and "chatglm-bpe" cut as Llama 3 does, and know nothing of a begin-of-text token.
+_GLM4 = PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}{1,3}|" + _TAIL)
 
 PRE_TOKENIZERS = {
     "default": _GPT2,
@@ -85,10 +101,13 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": _PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}|" + _TAIL, nfc=True),
+    "qwen2": PreTokenizer(_CONTRACTIONS + _WORD + r"\p{N}|" + _TAIL, nfc=True),
     "smollm": _SMOLLM,
     "starcoder": _SMOLLM,
     "tekken": _TEKKEN,
+    "bloom": _BLOOM,
+    "glm4": _GLM4,
+    "chatglm-bpe": _GLM4,
 }
 
 
@@ -118,7 +137,13 @@ def build(metadata: Mapping[str, Any], *, where: object) -> Tokenizer:
     try:
         tokenizer, adds_bos = _BUILDERS[kind](metadata, tokens, types, where)
         added = [
-            AddedToken(token, special=token_type != TokenType.USER_DEFINED, normalized=False)
+            # One of letters alone, ChatGLM's "sop", is not one inside a word.
+            AddedToken(
+                token,
+                special=token_type != TokenType.USER_DEFINED,
+                normalized=False,
+                single_word=token.isalpha() and token_type == TokenType.CONTROL,
+            )
             for token, token_type in zip(tokens, types, strict=True)
             if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
         ]
@@ -131,7 +156,7 @@ def build(metadata: Mapping[str, Any], *, where: object) -> Tokenizer:
     first, last = (_token_of(metadata, key, tokens, where) for key in ("bos_token_id", "eos_token_id"))
     has_first = metadata.get(_KEY + "add_bos_token", adds_bos)
     has_last = metadata.get(_KEY + "add_eos_token", False)
-    tokenizer.post_processor = _around(tokenizer, first if has_first else None, last if has_last else None)
+    surround(tokenizer, [first] if has_first and first else [], [last] if has_last and last else [])
     return tokenizer
 
 
@@ -185,14 +210,7 @@ def _byte_level(
     merges = [_pair(merge, where) for merge in metadata.get(_KEY + "merges", [])]
     model = models.BPE(_numbered(tokens), merges, ignore_merges=pre.whole_words)
     tokenizer = Tokenizer(model)
-    if pre.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
-    if pre.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
+    pre.install(tokenizer)
     return tokenizer, pre.add_bos
 
 
@@ -248,13 +266,13 @@ def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
 _BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
-def _around(tokenizer: Tokenizer, first: str | None, last: str | None) -> Any:
-    """The post-processor: what stands before and after a whole text."""
-    if not first and not last:
-        return processors.ByteLevel(trim_offsets=False)
-    before, after = [first] if first else [], [last] if last else []
-    specials = {token: tokenizer.token_to_id(token) for token in before + after}
-    return processors.TemplateProcessing(
+def surround(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str] = ()) -> None:
+    """Let these tokens stand before and after every whole text."""
+    if not before and not after:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        return
+    specials = {token: tokenizer.token_to_id(token) for token in (*before, *after)}
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A:0", *after],
         pair=[*before, "$A:0", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
         special_tokens=list(specials.items()),

@@ -10,9 +10,13 @@ Knows: the files of such a folder. Does not know: any family (converters/familie
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +24,9 @@ from llmc import checkpoint, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
 from llmc.converters import cast, families, hf_tokenizer, json_file, pickled
-from llmc.converters.rules import Family, Progress, Tensors, from_canonical, source_names, to_canonical
+from llmc.converters import source as sources
+from llmc.converters.rules import Family, Progress, Tensors, from_canonical
+from llmc.converters.source import Source
 from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
 from llmc.manifest import Manifest, Parent
@@ -49,26 +55,44 @@ def convert(
         UnsupportedModelError: The architecture or a setting of it is not supported.
         CheckpointError: A file or tensor is missing, unknown, misshapen or damaged.
     """
-    target = cast.target_dtype(dtype)
+    cast.target_dtype(dtype)
+    return sources.write(open_source(source), out, dtype=dtype, overwrite=overwrite, progress=progress)
+
+
+def open_source(source: Path) -> Source:
+    """See such a folder as a model; no tensor is read, but for the head of one that is said to be tied.
+
+    Raises:
+        UserError: `source` is not such a folder.
+        UnsupportedModelError: The architecture or a setting of it is not supported.
+        CheckpointError: A file is missing or damaged.
+    """
     folder, parent = _locate(source)
     config = json_file.read(folder / CONFIG)
     family, spec = families.read_spec(config, folder / CONFIG)
+    if "auto_map" in config:
+        logger.warning(f"{folder / CONFIG}: 'auto_map' names code that came with the model: llmc does not run it")
     infos, has_pickles = _read_weights(folder)
-    stored = cast.on_disk(infos, target)
-    spec = _untie_if_different(family, spec, infos)
-    dropped = family.dropped + ((_head(family, spec),) if spec.tied else ())
-    canonical = to_canonical(family.rules, spec, stored, dropped=dropped, where=folder)
-    with manifests.creating(out, overwrite=overwrite) as work:
-        checkpoint.write(work, spec, canonical.infos, canonical.watched("convert", progress))
-        hf_tokenizer.copy(folder, work, config)
-        (work / SOURCE).mkdir()
-        for name in (CONFIG, GENERATION):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, work / SOURCE / name)
-        tools = manifests.tools(*(["torch"] if has_pickles else []))
-        settings = {"dtype": dtype}
-        manifests.seal(work, Manifest(kind="checkpoint", tools=tools, settings=settings, parents=(parent,)))
-    return Checkpoint(out)
+    infos = _with_prefix(family, infos)
+    found = Source(
+        where=folder,
+        family=family,
+        spec=spec,
+        tensors=functools.partial(cast.on_disk, infos),
+        copy=functools.partial(copy_words, folder, config),
+        parents=(parent,),
+        packages=("torch",) if has_pickles else (),
+    )
+    return replace(found, spec=_untie_if_different(found, infos))
+
+
+def copy_words(folder: Path, config: Mapping[str, Any], work: Path) -> None:
+    """Copy the tokenizer and the configs of a Hugging Face folder into a checkpoint."""
+    hf_tokenizer.copy(folder, work, config)
+    (work / SOURCE).mkdir()
+    for name in (CONFIG, GENERATION):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, work / SOURCE / name)
 
 
 def _locate(source: Path) -> tuple[Path, Parent]:
@@ -90,6 +114,11 @@ def _locate(source: Path) -> tuple[Path, Parent]:
     return folder, Parent(kind="hf", sha256=sha256, name=folder.resolve().name)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a model's weights in one of Hugging Face's forms."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, pickled.SINGLE, pickled.INDEX))
+
+
 def _read_weights(folder: Path) -> tuple[dict[str, TensorInfo], bool]:
     """All tensors, and whether they are in pickles; safetensors are preferred where a folder has both."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
@@ -99,23 +128,25 @@ def _read_weights(folder: Path) -> tuple[dict[str, TensorInfo], bool]:
     raise CheckpointError(f"{folder} has no weights: expected {WEIGHTS}, {INDEX}, {pickled.SINGLE} or {pickled.INDEX}")
 
 
-def _head(family: Family, spec: ModelSpec) -> str:
-    """The source's name of the head, which a tied model may hold as well."""
-    return source_names(family.rules, spec.model_copy(update={"tied": False}))["head.weight"]
+def _with_prefix(family: Family, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of a model that was saved without its head, under the names that they have beside a head."""
+    if any(name.startswith(family.prefix) for name in infos):
+        return infos
+    return {name if name.startswith("lm_head.") else family.prefix + name: info for name, info in infos.items()}
 
 
-def _untie_if_different(family: Family, spec: ModelSpec, infos: dict[str, TensorInfo]) -> ModelSpec:
+def _untie_if_different(source: Source, infos: Mapping[str, TensorInfo]) -> ModelSpec:
     """A model that says it is tied, and holds a head that is not the embedding, is not tied.
 
     transformers decides so as well (modeling_utils.py, tie_weights).
     """
-    if not spec.tied or _head(family, spec) not in infos:
-        return spec
-    head, embedding = infos[_head(family, spec)], infos.get(source_names(family.rules, spec)["embed.weight"])
+    if not source.spec.tied or source.head not in infos:
+        return source.spec
+    head, embedding = infos[source.head], infos.get(source.embedding)
     if embedding is None or _are_equal(head, embedding):
-        return spec
+        return source.spec
     logger.warning("the config says that head and embedding are tied, but they differ: kept apart")
-    return spec.model_copy(update={"tied": False})
+    return source.spec.model_copy(update={"tied": False})
 
 
 def _are_equal(left: TensorInfo, right: TensorInfo) -> bool:
@@ -127,8 +158,25 @@ def _are_equal(left: TensorInfo, right: TensorInfo) -> bool:
     )
 
 
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that can be exported.
+
+    Raises:
+        ManifestError: `folder` is not a checkpoint.
+        UserError: It is quantized.
+    """
+    found = Checkpoint(folder)
+    if found.recipe is not None:
+        names = ", ".join(parent.name for parent in found.manifest.parents) or "its parent"
+        raise UserError(
+            f"{folder} is quantized ({found.recipe.algorithm}), and the format has no place for that: "
+            f"export the checkpoint that it was made from ({names}): llmc export {names} OUT"
+        )
+    return found
+
+
 def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Manifest:
-    """Write a checkpoint as a Hugging Face folder, the tensors bit-equal to what it was converted from.
+    """Write a checkpoint as its authors publish it, the tensors bit-equal to what it was converted from.
 
     The config is the authors' own where the checkpoint has it (source/config.json), else one written from the spec.
 
@@ -136,31 +184,43 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         ManifestError: `folder` is not a checkpoint.
         UserError: It is quantized, or `out` exists.
     """
-    found = Checkpoint(folder)
-    if found.recipe is not None:
-        names = ", ".join(parent.name for parent in found.manifest.parents) or "its parent"
-        raise UserError(
-            f"{folder} is quantized ({found.recipe.algorithm}), and Hugging Face's format has no place for that: "
-            f"export the checkpoint that it was made from ({names}): llmc export {names} {out}"
-        )
+    found = open_checkpoint(folder)
     family = families.by_name(found.spec.family)
-    theirs = from_canonical(family.rules, found.spec, Tensors(found.infos, found.__getitem__))
+    return write(found, family, found.spec, out, overwrite=overwrite, progress=progress)
+
+
+def write(
+    found: Checkpoint,
+    family: Family,
+    spec: ModelSpec,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write a checkpoint under a family's names.
+
+    Args:
+        family: The checkpoint's own, or another that can say the same model.
+        spec: The checkpoint's, with the name of that family.
+    """
+    theirs = from_canonical(family.rules, spec, Tensors(found.infos, found.__getitem__))
     with manifests.creating(out, overwrite=overwrite) as work:
         load = theirs.watched("export", progress)
         values = ((name, load(name)) for name in theirs.infos)
-        tensors.write_sharded(work, theirs.infos, values, max_bytes=checkpoint.SHARD_BYTES)
-        checkpoint.copy_tokenizer(folder, work)
-        _write_config(found, family, work)
-        parents = (manifests.parent(folder),)
-        return manifests.seal(work, Manifest(kind="export", tools=manifests.tools(), parents=parents))
+        hashes = tensors.write_sharded(work, theirs.infos, values, max_bytes=checkpoint.SHARD_BYTES)
+        checkpoint.copy_tokenizer(found.folder, work)
+        _write_config(found, family, spec, work)
+        parents = (manifests.parent(found.folder),)
+        return manifests.seal(work, Manifest(kind="export", tools=manifests.tools(), parents=parents), hashes)
 
 
-def _write_config(found: Checkpoint, family: Family, work: Path) -> None:
+def _write_config(found: Checkpoint, family: Family, spec: ModelSpec, work: Path) -> None:
     source, dtype = found.folder / SOURCE, str(found.infos["embed.weight"].dtype)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, work / GENERATION)
-    if not (source / CONFIG).is_file():
-        config = family.write(found.spec) | {"dtype": dtype, "torch_dtype": dtype}
+    if not (source / CONFIG).is_file() or spec.family != found.spec.family:
+        config = family.write(spec) | {"dtype": dtype, "torch_dtype": dtype}
         generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.
         config |= {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}

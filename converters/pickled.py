@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,35 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
 
 def read_file(path: Path) -> dict[str, TensorInfo]:
     """All tensors of one file; see `read_folder`."""
+    state = read_structure(path)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
+    return {name: locate(path, name, value) for name, value in state.items()}
+
+
+def read_structure(path: Path, allowed: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+    """What a file of torch.save holds, its tensors on the "meta" device, for `locate`.
+
+    Args:
+        allowed: Names of classes outside torch that the file may mention -> what is called in their place.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of the format before PyTorch 1.6, or mentions anything else.
+        MissingDependencyError: torch is not installed.
+    """
     torch = need("torch")
     _check_archive(path)
     try:
-        state = torch.load(path, weights_only=True, map_location="meta")
-    except pickle.UnpicklingError:
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in (allowed or {}).items()]):
+            return torch.load(path, weights_only=True, map_location="meta")
+    except pickle.UnpicklingError as error:
+        met = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{path} was refused: it holds more than tensors, and unpickling that would run code of whoever made it. "
-            "Ask for the model as safetensors"
+            f"{path} was refused: it holds more than tensors{f' ({met[1]})' if met else ''}, and unpickling that would "
+            "run code of whoever made it. Ask for the model as safetensors"
         ) from None
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    return {name: _info(torch, path, name, value) for name, value in state.items()}
+        raise CheckpointError(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def _check_archive(path: Path) -> None:
@@ -83,7 +99,13 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} is compressed or big-endian: load and save it once with torch")
 
 
-def _info(torch: Any, path: Path, name: object, value: Any) -> TensorInfo:
+def locate(path: Path, name: object, value: Any) -> TensorInfo:
+    """Where in `path` the data of a tensor of its `read_structure` lies.
+
+    Raises:
+        CheckpointError: It is not a tensor of floating-point numbers that lies there row by row.
+    """
+    torch = need("torch")
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor")
     dtype = str(value.dtype).removeprefix("torch.")

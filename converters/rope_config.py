@@ -27,28 +27,27 @@ from llmc.spec import (
     YarnScaling,
 )
 
-DEFAULT_THETA = 10000.0
+PLAIN = Rope()
 
 
-def read_rope(reader: Reader, max_positions: int) -> tuple[Rope, int]:
+def read_rope(reader: Reader, max_positions: int, base: Rope = PLAIN) -> tuple[Rope, int]:
     """The rotary embedding, and the positions that it reaches.
 
     Args:
         reader: The model's config.
         max_positions: Its `max_position_embeddings`.
+        base: What holds where the config does not say. A family that turns whole heads may not say otherwise.
 
     Raises:
         UnsupportedModelError: A type or a setting of it that llmc does not know.
     """
-    theta = reader.number("rope_theta", DEFAULT_THETA)
-    reader.only("partial_rotary_factor", 1.0, "the whole head is rotated")
+    rope = _common(reader, base)
     old, new = reader.section("rope_scaling"), reader.section("rope_parameters")
     original = reader.integer("original_max_position_embeddings", 0)
     section = old or new
     if section is None:
-        return Rope(theta=theta), max_positions
-    theta = section.number("rope_theta", theta)
-    section.only("partial_rotary_factor", 1.0, "the whole head is rotated")
+        return rope, max_positions
+    rope = _common(section, rope)
     kind = section.text("rope_type", section.text("type", "default"))
     section.text("type", "")
     if kind not in _READERS:
@@ -57,7 +56,14 @@ def read_rope(reader: Reader, max_positions: int) -> tuple[Rope, int]:
         )
     scaling, reach = _READERS[kind](section, max_positions, original)
     section.done()
-    return Rope(theta=theta, scaling=scaling), reach
+    return rope.model_copy(update={"scaling": scaling}), reach
+
+
+def _common(reader: Reader, base: Rope) -> Rope:
+    if base.fraction == 1:
+        reader.only("partial_rotary_factor", 1.0, "the whole head is rotated")
+    fraction = reader.number("partial_rotary_factor", base.fraction)
+    return Rope(theta=reader.number("rope_theta", base.theta), fraction=fraction, interleaved=base.interleaved)
 
 
 def _plain(_section: Reader, max_positions: int, _original: int) -> tuple[None, int]:
@@ -140,12 +146,14 @@ def write_rope(spec: ModelSpec) -> dict[str, Any]:
 
     In the older form, `rope_theta` and `rope_scaling`, which every version of transformers reads.
     """
-    scaling = spec.position.scaling
+    scaling = spec.rope.scaling
     settings: dict[str, Any] = {
         "max_position_embeddings": spec.max_positions,
-        "rope_theta": spec.position.theta,
+        "rope_theta": spec.rope.theta,
         "rope_scaling": None,
     }
+    if spec.rope.fraction != 1:
+        settings["partial_rotary_factor"] = spec.rope.fraction
     if scaling is None:
         return settings
     values = scaling.model_dump(mode="json")

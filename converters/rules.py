@@ -2,8 +2,9 @@
 
     Rule("layers.{layer}.attn.q.weight", "model.layers.{layer}.self_attn.q_proj.weight")
 
-A rule holds for every layer of the model, and for a model that has its canonical tensors: the rules of the biases
-fall away where a spec has none, the rule of the head where it is tied. Most tensors are the `SAME` on both sides. An
+A rule holds for every layer of the model (`{layer}`), for every expert of a layer (`{expert}`), and for a model that
+has its canonical tensors: the rules of the biases fall away where a spec has none, the rule of the head where it is
+tied. Most tensors are the `SAME` on both sides. An
 operation stands between those that are not: it may turn one tensor into another, or cut a fused one into several
 (`ours` is a tuple for that), and it must be exact both ways.
 
@@ -13,7 +14,8 @@ Knows: names, shapes and how tensors map. Does not know: where the source's tens
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +51,7 @@ SAME = Op(
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One tensor of the source, or of each of its layers where the names hold `{layer}`.
+    """One tensor of the source, or of each of its layers and experts where the names hold `{layer}` and `{expert}`.
 
     Attributes:
         ours: Canonical name; a tuple when the source has several fused into one.
@@ -76,6 +78,11 @@ class Family:
         write: Spec -> such a config, without tokens and dtype; `read(write(spec)) == spec`.
         rules: All tensors.
         dropped: Globs over the source's names of tensors that carry nothing, such as tables that are recomputed.
+        prefix: With which all names but the head's begin, and which a folder may lack: transformers saves the model
+            under the head without it.
+        positions: The kinds of position (llmc/spec.py) that its models have.
+        native: Another family, whose class in transformers computes what most models of this one compute; transformers
+            has no class for this one then.
     """
 
     name: str
@@ -84,6 +91,9 @@ class Family:
     write: Callable[[ModelSpec], dict[str, Any]]
     rules: tuple[Rule, ...]
     dropped: tuple[str, ...] = ()
+    prefix: str = ""
+    positions: tuple[str, ...] = ("rope",)
+    native: str = ""
 
 
 # Called as (what is being done, tensors done, tensors in all).
@@ -133,19 +143,25 @@ def bind(rules: Iterable[Rule], spec: ModelSpec) -> list[_Bound]:
     bound: list[_Bound] = []
     given: set[str] = set()
     for rule in rules:
-        per_layer = "{layer}" in rule.theirs
-        for layer in range(spec.num_layers if per_layer else 1):
-            ours = tuple(part.replace("{layer}", str(layer)) for part in rule.parts)
+        for place in _places(rule.theirs, spec):
+            ours = tuple(part.format(**place) for part in rule.parts)
             if not all(name in shapes for name in ours):
                 continue
-            theirs = rule.theirs.replace("{layer}", str(layer))
-            bound.append(_Bound(rule, theirs, ours, tuple(shapes[name] for name in ours)))
+            bound.append(_Bound(rule, rule.theirs.format(**place), ours, tuple(shapes[name] for name in ours)))
             if repeated := given.intersection(ours):
                 raise CheckpointError(f"the rules give the tensor '{min(repeated)}' twice")
             given.update(ours)
     if left_out := [name for name in shapes if name not in given]:
         raise CheckpointError(f"the family '{spec.family}' has no rule for the tensor '{left_out[0]}'")
     return bound
+
+
+def _places(theirs: str, spec: ModelSpec) -> Iterator[dict[str, int]]:
+    """Every layer, or expert of a layer, that a name stands for; one empty place for a name without either."""
+    counts = {"layer": spec.num_layers, "expert": spec.moe.num_experts if spec.moe else 0}
+    met = [key for key in counts if f"{{{key}}}" in theirs]
+    for place in itertools.product(*(range(counts[key]) for key in met)):
+        yield dict(zip(met, place, strict=True))
 
 
 def source_names(rules: Iterable[Rule], spec: ModelSpec) -> dict[str, str]:

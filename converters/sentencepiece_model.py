@@ -12,7 +12,7 @@ Reading these needs neither the sentencepiece package nor protobuf; tests compar
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,13 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         if shift > 63:
             raise ValueError("a number has more than 64 bits")
+
+
+def original(path: Path) -> Callable[[str], list[int]] | None:
+    """SentencePiece's own way from text to ids, None where the package is not installed."""
+    try:
+        import sentencepiece
+    except ImportError:
+        return None
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return lambda text: list(model.EncodeAsIds(text))

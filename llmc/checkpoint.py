@@ -140,12 +140,15 @@ def write(
     *,
     recipe: QuantRecipe | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> dict[str, str]:
     """Write spec, recipe and tensors into `folder` (made by `manifest.creating`, sealed by the caller).
 
     Args:
         infos: dtype and shape of every tensor to come; those of `plan(spec, recipe, ...)`.
         load: Gives a tensor by its canonical name; called once for each, in canonical order.
+
+    Returns:
+        sha256 of each file of tensors, for `manifest.seal`.
     """
     shapes = {name: info.shape for name, info in plan(spec, recipe, infos).items()}
     check(shapes, {name: info.shape for name, info in infos.items()}, where=folder.name)
@@ -154,7 +157,7 @@ def write(
     if recipe is not None:
         (folder / RECIPE).write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     values: Iterable[tuple[str, Array]] = ((name, load(name)) for name in ordered)
-    tensors.write_sharded(folder, ordered, values, max_bytes=shard_bytes)
+    return tensors.write_sharded(folder, ordered, values, max_bytes=shard_bytes)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

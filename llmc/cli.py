@@ -23,8 +23,10 @@ COMMANDS = {
     "quantize": ("quantize", "Make a smaller checkpoint."),
     "build-engine": ("build_engine", "Make an engine that can be served."),
     "evaluate": ("evaluate", "Perplexity of engines and checkpoints, side by side."),
+    "verify": ("verify", "Whether two forms of a model compute the same: source, checkpoint, engine, server."),
     "generate": ("generate", "Continue a text with an engine."),
     "serve": ("serve", "Serve an engine over HTTP."),
+    "families": ("families", "Print the model families that llmc converts, and what each supports."),
     "inspect": ("inspect", "Say what a folder is, where it came from, and whether it is whole."),
 }
 

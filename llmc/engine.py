@@ -50,6 +50,15 @@ def open_engine(folder: Path) -> Engine:
         ManifestError: It is not an engine, is of another schema, or a file was changed.
     """
     manifests.verify(folder, manifests.read(folder, "engine"))
+    return describe(folder)
+
+
+def describe(folder: Path) -> Engine:
+    """Read an engine's description alone.
+
+    Raises:
+        ManifestError: It cannot be understood.
+    """
     try:
         return parse(Engine, (folder / NAME).read_bytes(), where=str(folder / NAME))
     except (OSError, ConfigError) as error:

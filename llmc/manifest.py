@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -168,15 +168,19 @@ def parent(folder: Path) -> Parent:
     return Parent(kind=kind, sha256=sha256_of(folder / NAME), name=folder.resolve().name)
 
 
-def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file in `folder` and write its manifest there; returns what was written."""
+def seal(folder: Path, manifest: Manifest, hashes: Mapping[str, str] | None = None) -> Manifest:
+    """Hash every file in `folder` and write its manifest there; returns what was written.
+
+    Args:
+        hashes: sha256 of files that were hashed while they were written, by their paths inside `folder`.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    known = dict(hashes or {})
+    unknown = [name for name in sizes if name not in known]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        hashes = list(pool.map(sha256_of, paths))
-    files = {
-        path.relative_to(folder).as_posix(): FileEntry(sha256=digest, bytes=path.stat().st_size)
-        for path, digest in zip(paths, hashes, strict=True)
-    }
+        known |= zip(unknown, pool.map(lambda name: sha256_of(folder / name), unknown), strict=True)
+    files = {name: FileEntry(sha256=known[name], bytes=size) for name, size in sizes.items()}
     sealed = manifest.model_copy(update={"files": files})
     (folder / NAME).write_text(sealed.to_json(), encoding="utf-8")
     return sealed

@@ -1,16 +1,21 @@
 """The reference decoder: what every engine, converter and quantizer is compared with.
 
-    tokens ─► embed ─► layer 0 ─► ... ─► layer n-1 ─► norm ─► head ─► logits
+    tokens ─► embed ─► [embed_in] ─► [embed_norm] ─► [+ positions] ─► layer 0 ─► ... ─► layer n-1 ─┐
+                                                      logits ◄─ head ◄─ [embed_out] ◄─ [norm] ◄────┘
 
-    layer:    x ─┬─► attn_norm ─► attn ─(+)─┬─► mlp_norm ─► mlp ─(+)─►
-                 └──────────────────────┘   └─────────────────┘
+    layer:    x ─┬─► attn_norm ─► attn ─► [attn_post_norm] ─(+)─┬─► mlp_norm ─► mlp ─► [mlp_post_norm] ─(+)─►
+                 └───────────────────────────────────────────┘   └─────────────────────────────────────┘
+    or:       x ─┬─► attn ─(+)─► attn_norm ─┬─► mlp ─(+)─► mlp_norm ─►
+                 └──────────┘               └─────────┘
 
-    attn:     ─┬─► q ─► [q_norm] ─► rotate ─────────────┐
-               ├─► k ─► [k_norm] ─► rotate ─► [int8] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
-               └─► v ──────────────────────► [int8] ─► cache
+    attn:     ─┬─► q ─► [q_norm] ─► [rotate] ─────────────┐
+               ├─► k ─► [k_norm] ─► [rotate] ─► [int8] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
+               └─► v ────────────────────────► [int8] ─► cache
 
-    mlp:      ─┬─► gate ─► silu ─(x)─► down ─►
-               └─► up ──────────┘
+    moe:      the mlp of each token's experts, weighed by their scores, in place of one mlp
+
+    mlp:      ─┬─► gate ─► activation ─(x)─► down ─►        or  ─► up ─► activation ─► down ─►
+               └─► up ────────────────┘
 
 Parameters carry the canonical names of llmc/names.py, and every switch is a field of ModelSpec. It is written to be
 read and to be right, not to be fast; the arithmetic is that of transformers, to 1e-5 on logits.
@@ -20,16 +25,29 @@ Does not know: families, text, sampling.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmc import names, rope
+from llmc import alibi, names, rope
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
 from llmc.quant import pack
-from llmc.spec import ModelSpec
+from llmc.spec import Alibi, Learned, ModelSpec, Moe, Rope
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+# cos and sin of the positions of the new tokens, [new, pairs]; None where no head is turned.
+Rotation = tuple[Tensor, Tensor] | None
 
 
 class KVCache:
@@ -62,19 +80,28 @@ class KVCache:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the statistics in fp32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, plus_one: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if plus_one else torch.ones(size))
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (wide * (1 + self.weight.float())).to(x.dtype)
         return self.weight * wide.to(x.dtype)
 
 
+def norm(spec: ModelSpec, size: int) -> nn.Module:
+    """The model's kind of norm over `size` features."""
+    rms = functools.partial(RMSNorm, plus_one=spec.norm.plus_one)
+    kinds: dict[str, Callable[[int, float], nn.Module]] = {"rms": rms, "layer": nn.LayerNorm}
+    return kinds[spec.norm.kind](size, spec.norm.eps)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, see the drawing above.
+    """Grouped-query attention, see the drawing above.
 
     `k_scale` and `v_scale` (float32 [kv_size], None without an int8 cache) make it compute with the keys and values
     that such a cache would give back.
@@ -84,29 +111,35 @@ class Attention(nn.Module):
         super().__init__()
         switches = spec.attention
         self.layer, self.head_dim, self.window = layer, switches.head_dim, spec.window(layer)
+        self.has_alibi = isinstance(spec.position, Alibi)
+        self.scale = switches.scale
+        self.interleaved = isinstance(spec.position, Rope) and spec.position.interleaved
         self.q = nn.Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
         self.k = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
         self.v = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
         self.o = nn.Linear(spec.q_size, spec.hidden_size, bias=switches.o_bias)
-        self.q_norm = RMSNorm(switches.head_dim, spec.norm.eps) if switches.qk_norm else None
-        self.k_norm = RMSNorm(switches.head_dim, spec.norm.eps) if switches.qk_norm else None
+        self.q_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
+        self.k_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
         self.k_scale: Tensor | None
         self.v_scale: Tensor | None
         self.register_buffer("k_scale", None)
         self.register_buffer("v_scale", None)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        """x [batch, new, hidden]; rotation: cos and sin of the new positions, [new, head_dim / 2]."""
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+        """x [batch, new, hidden]."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if rotation is not None:
+            q, k = (rotate(y, *rotation, interleaved=self.interleaved) for y in (q, k))
         if self.k_scale is not None and self.v_scale is not None:
             k, v = through_int8(k, self.k_scale), through_int8(v, self.v_scale)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         mask = visible(q.shape[2], k.shape[2], self.window, x.device)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if self.has_alibi:
+            mask = linear_biases(q.shape[1], mask).to(x)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -115,10 +148,24 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of x [..., new, head_dim] by its angle [new, head_dim / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn the pairs of x [..., new, head_dim] by their angles [new, pairs]; what is in no pair stays."""
+    first, second, rest = pairs(x, cos.shape[-1], interleaved=interleaved)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return from_pairs(*turned, rest, interleaved=interleaved)
+
+
+def pairs(x: Tensor, count: int, *, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the second of each of the `count` pairs of a head that are turned, and the dimensions that stay."""
+    turned, rest = x[..., : 2 * count], x[..., 2 * count :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    return first, second, rest
+
+
+def from_pairs(first: Tensor, second: Tensor, rest: Tensor, *, interleaved: bool) -> Tensor:
+    """The inverse of `pairs`."""
+    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
 
 
 def visible(new: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -129,6 +176,15 @@ def visible(new: int, length: int, window: int | None, device: torch.device | No
     return mask if window is None else mask & (keys > queries - window)
 
 
+def linear_biases(num_heads: int, mask: Tensor) -> Tensor:
+    """ALiBi: what is added to scores [heads, new, length], minus infinity where `mask` [new, length] is False."""
+    new, length = mask.shape
+    keys = torch.arange(length, device=mask.device)
+    distances = keys[length - new :, None] - keys
+    slopes = torch.from_numpy(alibi.slopes(num_heads)).to(mask.device)
+    return (-slopes[:, None, None] * distances).masked_fill(~mask, -torch.inf)
+
+
 def through_int8(x: Tensor, scale: Tensor) -> Tensor:
     """What an int8 cache gives back of x [batch, kv_heads, new, head_dim]; scale [kv_heads * head_dim]."""
     by_channel = scale.view(x.shape[1], 1, x.shape[3])
@@ -136,33 +192,72 @@ def through_int8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x)))."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, inner: int) -> None:
         super().__init__()
-        inner, bias = spec.mlp.intermediate_size, spec.mlp.bias
-        self.gate = nn.Linear(spec.hidden_size, inner, bias=bias)
+        bias = spec.mlp.bias
+        self.activation = ACTIVATIONS[spec.mlp.activation]
+        self.gate = nn.Linear(spec.hidden_size, inner, bias=bias) if spec.mlp.gated else None
         self.up = nn.Linear(spec.hidden_size, inner, bias=bias)
         self.down = nn.Linear(inner, spec.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        if self.gate is None:
+            out: Tensor = self.down(self.activation(self.up(x)))
+        else:
+            out = self.down(self.activation(self.gate(x)) * self.up(x))
         return out
 
 
+class Mixture(nn.Module):
+    """The experts that a router chooses for each token, see `llmc.spec.Moe`."""
+
+    def __init__(self, spec: ModelSpec, moe: Moe) -> None:
+        super().__init__()
+        self.top_k, self.renormalise = moe.top_k, moe.renormalise
+        self.router = nn.Linear(spec.hidden_size, moe.num_experts, bias=False)
+        self.experts = nn.ModuleList(Mlp(spec, moe.intermediate_size) for _ in range(moe.num_experts))
+        self.shared = Mlp(spec, moe.shared_size) if moe.shared_size else None
+        self.shared_gate = nn.Linear(spec.hidden_size, 1, bias=False) if moe.shared_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        weights, chosen = self.router(rows).float().softmax(-1).topk(self.top_k)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == index)
+            out = out.index_add(0, row, expert(rows[row]) * weights[row, place, None].to(x.dtype))
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + self.shared_gate(rows).sigmoid() * self.shared(rows)
+        return out.view_as(x)
+
+
 class Layer(nn.Module):
-    """Attention and MLP, each normalised before and added to the residual stream after."""
+    """Attention and MLP (or a mixture of them), each added to the residual stream, and normalised before or after."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(spec.hidden_size, spec.norm.eps)
+        self.norms_after = spec.norm.order == "after"
+        self.attn_norm = norm(spec, spec.hidden_size)
         self.attn = Attention(spec, layer)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm.eps)
-        self.mlp = Mlp(spec)
+        self.mlp_norm = norm(spec, spec.hidden_size)
+        self.attn_post_norm = norm(spec, spec.hidden_size) if spec.norm.order == "both" else nn.Identity()
+        self.mlp_post_norm = norm(spec, spec.hidden_size) if spec.norm.order == "both" else nn.Identity()
+        moe = spec.experts(layer)
+        self.mixer = "moe" if moe else "mlp"
+        self.add_module(self.mixer, Mixture(spec, moe) if moe else Mlp(spec, spec.mlp.intermediate_size))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotation, cache)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+        mixer = self.get_submodule(self.mixer)
+        if self.norms_after:
+            x = self.attn_norm(x + self.attn(x, rotation, cache))
+            out: Tensor = self.mlp_norm(x + mixer(x))
+        else:
+            x = x + self.attn_post_norm(self.attn(self.attn_norm(x), rotation, cache))
+            out = x + self.mlp_post_norm(mixer(self.mlp_norm(x)))
         return out
 
 
@@ -172,10 +267,16 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        hidden, width = spec.hidden_size, spec.embedding_size or spec.hidden_size
+        self.embed = nn.Embedding(spec.vocab_size, width)
+        self.embed_in = nn.Linear(width, hidden, bias=False) if spec.embedding_size else None
+        self.embed_norm = norm(spec, hidden) if spec.norm.embedding else None
+        if isinstance(spec.position, Learned):
+            self.positions = nn.Embedding(spec.position.offset + spec.max_positions, hidden)
         self.layers = nn.ModuleList(Layer(spec, layer) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
-        self.head = None if spec.tied else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.norm = norm(spec, hidden) if spec.norm.order != "after" else None
+        self.embed_out = nn.Linear(hidden, width, bias=False) if spec.embedding_size else None
+        self.head = None if spec.tied else nn.Linear(width, spec.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """Logits of every token.
@@ -197,17 +298,38 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """As `forward`, up to the head: [batch, new, hidden_size]."""
         past = cache.length if cache else 0
-        x = self.embed(tokens)
-        cos, sin = rope.rotary_table(self.spec, past + tokens.shape[1], context=context)
-        rotation = torch.from_numpy(cos[past:]).to(x), torch.from_numpy(sin[past:]).to(x)
-        for layer in self.layers:
+        length = past + tokens.shape[1]
+        x = self.embed(tokens) * self.spec.embedding_scale
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        if isinstance(self.spec.position, Learned):
+            offset = self.spec.position.offset
+            x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))
+        for layer, rotation in zip(self.layers, self._rotations(past, length, context, like=x), strict=True):
             x = layer(x, rotation, cache)
-        out: Tensor = self.norm(x)
+        out: Tensor = x if self.norm is None else self.norm(x)
         return out
+
+    def _rotations(self, past: int, length: int, context: int | None, *, like: Tensor) -> list[Rotation]:
+        """Of each layer; they share what is the same."""
+        if not isinstance(self.spec.position, Rope):
+            return [None] * self.spec.num_layers
+        ropes = [self.spec.rope_of(layer) for layer in range(self.spec.num_layers)]
+        made: dict[Rope, Rotation] = {}
+        for one in dict.fromkeys(ropes):
+            cos, sin = rope.rotary_table(self.spec, length, context=context, of=one)
+            made[one] = torch.from_numpy(cos[past:]).to(like), torch.from_numpy(sin[past:]).to(like)
+        return [made[one] for one in ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., hidden_size] -> float32 [..., vocab_size]."""
+        if self.embed_out is not None:
+            hidden = self.embed_out(hidden)
         weight = self.embed.weight if self.head is None else self.head.weight
+        if self.spec.normalised_head:
+            weight = functional.normalize(weight)
         return functional.linear(hidden, weight).float()
 
     def simulate_kv_cache(self, scales: dict[str, Tensor]) -> None:

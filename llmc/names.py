@@ -1,11 +1,19 @@
 """Canonical tensor names, and what follows from them: shapes, smoothing groups, shard axes.
 
     embed.weight                          [vocab, hidden]
-    layers.N.attn_norm.weight             [hidden]
+    embed_{in,out}.weight                 [out, in]                           where the embedding has a size of its own
+    embed_norm.weight                     [hidden]            .bias           where embeddings are normalised
+    positions.weight                      [offset + max_positions, hidden]    where positions are learned
+    layers.N.attn_norm.weight             [hidden]            .bias [hidden], as of every LayerNorm
     layers.N.attn.{q,k,v,o}.weight        [out, in]           .bias [out]
     layers.N.attn.{q,k}_norm.weight       [head_dim]
     layers.N.mlp_norm.weight              [hidden]
-    layers.N.mlp.{gate,up,down}.weight    [out, in]           .bias [out]
+    layers.N.mlp.{gate,up,down}.weight    [out, in]           .bias [out]     no gate where the MLP is not gated
+    layers.N.moe.router.weight            [experts, hidden]   in place of the mlp; so are the next three
+    layers.N.moe.experts.E.{gate,up,down}.weight
+    layers.N.moe.shared.{gate,up,down}.weight                 where there is a shared expert
+    layers.N.moe.shared_gate.weight       [1, hidden]
+    layers.N.{attn,mlp}_post_norm.weight  [hidden]            where outputs are normalised before they are added
     norm.weight                           [hidden]
     head.weight                           [vocab, hidden]     absent when tied
 
@@ -18,32 +26,90 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmc.spec import ModelSpec
+from llmc.spec import Learned, ModelSpec, Moe
 
 Shape = tuple[int, ...]
 
 
 def tensors(spec: ModelSpec) -> dict[str, Shape]:
     """Every tensor of the model and its shape, in the order in which a forward pass meets them."""
-    hidden, attention, mlp = spec.hidden_size, spec.attention, spec.mlp
-    found: dict[str, Shape] = {"embed.weight": (spec.vocab_size, hidden)}
+    hidden, attention = spec.hidden_size, spec.attention
+    width = spec.embedding_size or hidden
+    found: dict[str, Shape] = {"embed.weight": (spec.vocab_size, width)}
+    if spec.embedding_size:
+        found["embed_in.weight"] = (hidden, width)
+    if spec.norm.embedding:
+        found.update(_norm(spec, "embed_norm", hidden))
+    if isinstance(spec.position, Learned):
+        found["positions.weight"] = (spec.position.offset + spec.max_positions, hidden)
     for layer in range(spec.num_layers):
         at = f"layers.{layer}"
-        found[f"{at}.attn_norm.weight"] = (hidden,)
+        found.update(_norm(spec, f"{at}.attn_norm", hidden))
         for name in ("q", "k", "v"):
             size = spec.q_size if name == "q" else spec.kv_size
             found.update(_linear(f"{at}.attn.{name}", size, hidden, attention.qkv_bias))
             if attention.qk_norm and name != "v":
-                found[f"{at}.attn.{name}_norm.weight"] = (attention.head_dim,)
+                found.update(_norm(spec, f"{at}.attn.{name}_norm", attention.head_dim))
         found.update(_linear(f"{at}.attn.o", hidden, spec.q_size, attention.o_bias))
-        found[f"{at}.mlp_norm.weight"] = (hidden,)
-        for name in ("gate", "up"):
-            found.update(_linear(f"{at}.mlp.{name}", mlp.intermediate_size, hidden, mlp.bias))
-        found.update(_linear(f"{at}.mlp.down", hidden, mlp.intermediate_size, mlp.bias))
-    found["norm.weight"] = (hidden,)
+        if spec.norm.order == "both":
+            found.update(_norm(spec, f"{at}.attn_post_norm", hidden))
+        found.update(_norm(spec, f"{at}.mlp_norm", hidden))
+        if moe := spec.experts(layer):
+            found.update(_moe(spec, f"{at}.moe", moe))
+        else:
+            found.update(_mlp(spec, f"{at}.mlp", spec.mlp.intermediate_size))
+        if spec.norm.order == "both":
+            found.update(_norm(spec, f"{at}.mlp_post_norm", hidden))
+    if spec.norm.order != "after":
+        found.update(_norm(spec, "norm", hidden))
+    if spec.embedding_size:
+        found["embed_out.weight"] = (width, hidden)
     if not spec.tied:
-        found["head.weight"] = (spec.vocab_size, hidden)
+        found["head.weight"] = (spec.vocab_size, width)
     return found
+
+
+def _mlp(spec: ModelSpec, at: str, inner: int) -> Iterator[tuple[str, Shape]]:
+    for name in inputs_of_mlp(spec):
+        yield from _linear(f"{at}.{name}", inner, spec.hidden_size, spec.mlp.bias)
+    yield from _linear(f"{at}.down", spec.hidden_size, inner, spec.mlp.bias)
+
+
+def _moe(spec: ModelSpec, at: str, moe: Moe) -> Iterator[tuple[str, Shape]]:
+    yield from _linear(f"{at}.router", moe.num_experts, spec.hidden_size, False)
+    for expert in range(moe.num_experts):
+        yield from _mlp(spec, f"{at}.experts.{expert}", moe.intermediate_size)
+    if moe.shared_size:
+        yield from _mlp(spec, f"{at}.shared", moe.shared_size)
+        yield from _linear(f"{at}.shared_gate", 1, spec.hidden_size, False)
+
+
+def mlps_of(spec: ModelSpec, layer: int) -> list[str]:
+    """The MLPs of a layer: one, or its experts."""
+    moe = spec.experts(layer)
+    if moe is None:
+        return [f"layers.{layer}.mlp"]
+    at = f"layers.{layer}.moe"
+    return [f"{at}.experts.{expert}" for expert in range(moe.num_experts)] + [f"{at}.shared"] * bool(moe.shared_size)
+
+
+def _routers(spec: ModelSpec, layer: int) -> tuple[str, ...]:
+    """What weighs a layer's experts, and reads what they read."""
+    moe = spec.experts(layer)
+    if moe is None:
+        return ()
+    return (f"layers.{layer}.moe.router",) + (f"layers.{layer}.moe.shared_gate",) * bool(moe.shared_size)
+
+
+def inputs_of_mlp(spec: ModelSpec) -> tuple[str, ...]:
+    """The linears that an MLP's input goes through."""
+    return ("gate", "up") if spec.mlp.gated else ("up",)
+
+
+def _norm(spec: ModelSpec, name: str, size: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (size,)
+    if spec.norm.kind == "layer":
+        yield f"{name}.bias", (size,)
 
 
 def _linear(name: str, out_features: int, in_features: int, bias: bool) -> Iterator[tuple[str, Shape]]:
@@ -54,7 +120,16 @@ def _linear(name: str, out_features: int, in_features: int, bias: bool) -> Itera
 
 def matrices(spec: ModelSpec) -> list[str]:
     """Names (without `.weight`) of all that may be quantized: the linears, the embedding and the head."""
-    return [name.removesuffix(".weight") for name, shape in tensors(spec).items() if len(shape) == 2]
+    return [name.removesuffix(".weight") for name, shape in tensors(spec).items() if is_matrix(name, shape)]
+
+
+def is_matrix(name: str, shape: Shape) -> bool:
+    """Whether a tensor may be quantized.
+
+    Learned positions are few, and every token's error would be theirs too; a router is small, and an error there is
+    another expert.
+    """
+    return len(shape) == 2 and name != "positions.weight" and not name.endswith(("moe.router.weight", "_gate.weight"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +152,20 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
     """What SmoothQuant and AWQ may fold into what, layer by layer."""
     groups = []
     for layer in range(spec.num_layers):
-        attn, mlp = f"layers.{layer}.attn", f"layers.{layer}.mlp"
+        attn, mlps = f"layers.{layer}.attn", mlps_of(spec, layer)
+        readers = tuple(f"{mlp}.{name}" for mlp in mlps for name in inputs_of_mlp(spec))
         shared = spec.attention.num_heads // spec.attention.num_kv_heads
-        groups += [
-            SmoothingGroup(f"{attn}_norm", (f"{attn}.q", f"{attn}.k", f"{attn}.v")),
-            SmoothingGroup(f"{attn}.v", (f"{attn}.o",), repeat=shared),
-            SmoothingGroup(f"{mlp}_norm", (f"{mlp}.gate", f"{mlp}.up")),
-            SmoothingGroup(f"{mlp}.up", (f"{mlp}.down",)),
-        ]
+        groups.append(SmoothingGroup(f"{attn}.v", (f"{attn}.o",), repeat=shared))
+        # A norm that stands after an addition is read by the next addition as well, and a factor of 1 + weight is none
+        # of the weight.
+        if spec.norm.order != "after" and not spec.norm.plus_one:
+            groups += [
+                SmoothingGroup(f"{attn}_norm", (f"{attn}.q", f"{attn}.k", f"{attn}.v")),
+                SmoothingGroup(f"layers.{layer}.mlp_norm", readers + _routers(spec, layer)),
+            ]
+        # A factor passes through a product and through max(0, x), and through no other activation.
+        if spec.mlp.gated or spec.mlp.activation == "relu":
+            groups += [SmoothingGroup(f"{mlp}.up", (f"{mlp}.down",)) for mlp in mlps]
     return groups
 
 
@@ -96,7 +177,7 @@ def shard_axis(name: str) -> int | None:
 
     Column-parallel linears (q, k, v, gate, up) and the vocabulary split their outputs, row-parallel ones (o, down)
     their inputs (Shoeybi et al. 2019, Megatron-LM, section 3). A row-parallel bias is whole: it is added once, after
-    the sum over ranks.
+    the sum over ranks. So are `embed_in` and `embed_out`, which are small.
     """
     module, _, kind = name.rpartition(".")
     axis = _SPLIT_AXIS.get(module.rpartition(".")[2])

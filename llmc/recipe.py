@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import model_validator
 
+from llmc import names
 from llmc.config import Strict
 from llmc.tensors import TensorInfo
 
@@ -89,7 +90,7 @@ def packed_plan(
     """
     module, _, kind = name.rpartition(".")
     found: dict[str, TensorInfo] = {}
-    weight_format = recipe.format_of(module) if recipe and kind == "weight" and len(shape) == 2 else None
+    weight_format = recipe.format_of(module) if recipe and names.is_matrix(name, shape) else None
     if weight_format is None:
         found[name] = TensorInfo(info.dtype if info else np.dtype(np.float32), shape)
     else:

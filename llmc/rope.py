@@ -25,17 +25,21 @@ from llmc.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScal
 Floats = npt.NDArray[np.float32]
 
 
-def rotary_table(spec: ModelSpec, length: int, *, context: int | None = None) -> tuple[Floats, Floats]:
+def rotary_table(
+    spec: ModelSpec, length: int, *, context: int | None = None, of: Rope | None = None
+) -> tuple[Floats, Floats]:
     """Cosines and sines of positions 0 to `length - 1`, multiplied by the attention factor.
 
     Args:
         context: Tokens of the whole context that the table is for; by default `length`. Only `dynamic` and
             `longrope` look at it.
+        of: One of the model's rotary embeddings, where layers with a window have their own; by default the others'.
 
     Returns:
-        cos, sin: float32 [length, head_dim / 2].
+        cos, sin: float32 [length, pairs of a head that are turned].
     """
-    frequencies, factor = inverse_frequencies(spec.position, spec.attention.head_dim, context or length)
+    rope = of or spec.rope
+    frequencies, factor = inverse_frequencies(rope, rope.size(spec.attention.head_dim), context or length)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return _rounded(np.cos(angles.astype(np.float64))) * factor, _rounded(np.sin(angles.astype(np.float64))) * factor
 
@@ -44,6 +48,7 @@ def inverse_frequencies(position: Rope, head_dim: int, length: int) -> tuple[Flo
     """Radians per position of each pair of a head's dimensions.
 
     Args:
+        head_dim: Dimensions of a head that are turned.
         length: Tokens of the whole context.
 
     Returns:

@@ -9,16 +9,36 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from llmc.config import Strict
 
 
 class Norm(Strict):
-    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32."""
+    """The statistics are in fp32.
 
-    kind: Literal["rms"] = "rms"
+    rms: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019).
+    layer: (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (Ba et al. 2016).
+
+    Attributes:
+        embedding: The embeddings are normalised as well, before the first layer.
+        plus_one: A weight is stored as its difference from one.
+        order: Of each attention and each MLP the input is normalised, and so is what the last layer gives ("before");
+            or the sum of its output and the residual stream is, and nothing at the end ("after", as in Vaswani et al.
+            2017); or as "before", and its output as well before it is added ("both").
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
     eps: PositiveFloat
+    embedding: bool = False
+    plus_one: bool = False
+    order: Literal["before", "after", "both"] = "before"
+
+    @model_validator(mode="after")
+    def _only_rms_plus_one(self) -> Norm:
+        if self.plus_one and self.kind != "rms":
+            raise ValueError(f"'plus_one' does not go with a norm of kind '{self.kind}'")
+        return self
 
 
 class LinearScaling(Strict):
@@ -75,11 +95,45 @@ Scaling = Annotated[
 
 
 class Rope(Strict):
-    """Rotary position embedding (Su et al. 2021) of the whole head, the head's halves forming the pairs."""
+    """Rotary position embedding (Su et al. 2021).
+
+    Attributes:
+        fraction: How much of a head is turned: its first dimensions.
+        interleaved: Neighbours form the pairs; else the halves of what is turned do.
+        window_theta: The base in layers with a sliding window, where nothing is scaled; None: they are as the others.
+    """
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = 10000.0
     scaling: Scaling | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interleaved: bool = False
+    window_theta: PositiveFloat | None = None
+
+    def size(self, head_dim: int) -> int:
+        """How many dimensions of a head are turned."""
+        return int(head_dim * self.fraction)
+
+
+class Learned(Strict):
+    """A vector for each position, added to the token's embedding.
+
+    Attributes:
+        offset: The row of the first position; those before it are never used.
+    """
+
+    kind: Literal["learned"] = "learned"
+    offset: NonNegativeInt = 0
+
+
+class Alibi(Strict):
+    """Attention with linear biases (Press et al. 2022): a score falls with the distance to its key, by a slope of its
+    head (llmc/alibi.py)."""
+
+    kind: Literal["alibi"] = "alibi"
+
+
+Position = Annotated[Rope | Learned | Alibi, Field(discriminator="kind")]
 
 
 class Attention(Strict):
@@ -88,6 +142,7 @@ class Attention(Strict):
     Attributes:
         qk_norm: Each head of q and k is normalised (with the model's norm) before the rotation.
         qkv_bias, o_bias: The projections have biases.
+        scale: Of the scores; None is 1 / sqrt(head_dim).
         window: A token sees itself and the `window - 1` before it; None sees all.
         full_layers: Layers that see all in spite of `window`.
     """
@@ -98,6 +153,7 @@ class Attention(Strict):
     qk_norm: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    scale: PositiveFloat | None = None
     window: PositiveInt | None = None
     full_layers: tuple[int, ...] = ()
 
@@ -111,11 +167,41 @@ class Attention(Strict):
 
 
 class Mlp(Strict):
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or, when not gated, down(activation(up(x))).
+
+    `gelu` is exact, `gelu_tanh` its approximation (Hendrycks and Gimpel 2016).
+    """
 
     intermediate_size: PositiveInt
-    activation: Literal["silu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
     bias: bool = False
+
+
+class Moe(Strict):
+    """A mixture of experts in place of the MLP: each token goes through the `top_k` experts of the highest scores, and
+    the softmax of all scores weighs what they give (Shazeer et al. 2017; Fedus et al. 2021).
+
+    Attributes:
+        intermediate_size: Of an expert, which is an MLP with the model's activation.
+        renormalise: The weights of the chosen experts are divided by their sum.
+        shared_size: The intermediate size of one more expert, which every token goes through, times the sigmoid of a
+            score of its own; None where there is none.
+        dense_layers: Layers that have a plain MLP all the same.
+    """
+
+    num_experts: PositiveInt
+    top_k: PositiveInt
+    intermediate_size: PositiveInt
+    renormalise: bool = True
+    shared_size: PositiveInt | None = None
+    dense_layers: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Moe:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        return self
 
 
 class ModelSpec(Strict):
@@ -126,6 +212,10 @@ class ModelSpec(Strict):
         vocab_size: Rows of the embedding and of the head.
         max_positions: The longest context that the model was made for, tokens.
         tied: The head is the embedding, and no `head.weight` exists.
+        normalised_head: Each row of the head is divided by its Euclidean length.
+        embedding_size: Width of the embedding and of the head, where linears lead from it to the hidden size and back;
+            None where it is the hidden size.
+        embedding_scale: Embeddings are multiplied by it.
     """
 
     family: str
@@ -134,14 +224,54 @@ class ModelSpec(Strict):
     num_layers: PositiveInt
     max_positions: PositiveInt
     norm: Norm
-    position: Rope
+    position: Position
     attention: Attention
     mlp: Mlp
+    moe: Moe | None = None
     tied: bool = False
+    normalised_head: bool = False
+    embedding_size: PositiveInt | None = None
+    embedding_scale: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _experts_are_gated(self) -> ModelSpec:
+        if self.moe and (self.mlp.bias or not self.mlp.gated):
+            raise ValueError("experts are gated and have no biases: 'moe' does not go with such an 'mlp'")
+        return self
+
+    @model_validator(mode="after")
+    def _turned_in_pairs(self) -> ModelSpec:
+        if isinstance(self.position, Rope):
+            size = self.position.size(self.attention.head_dim)
+            if size < 2 or size % 2:
+                raise ValueError(f"{size} of {self.attention.head_dim} dimensions of a head cannot be turned in pairs")
+        return self
+
+    def experts(self, layer: int) -> Moe | None:
+        """The mixture of experts of a layer, None where it has a plain MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
+
+    def rope_of(self, layer: int) -> Rope:
+        """The rotary embedding of a layer, if positions are rotary at all."""
+        rope = self.rope
+        if rope.window_theta is None or self.window(layer) is None:
+            return rope
+        return Rope(theta=rope.window_theta, fraction=rope.fraction, interleaved=rope.interleaved)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, None where it sees everything."""
         return None if layer in self.attention.full_layers else self.attention.window
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding.
+
+        Raises:
+            ValueError: The model has another kind of positions.
+        """
+        if not isinstance(self.position, Rope):
+            raise ValueError(f"positions of kind '{self.position.kind}' turn nothing")
+        return self.position
 
     @property
     def q_size(self) -> int:

@@ -9,11 +9,13 @@ Knows the format and its dangers (a header is a stranger's). Does not know what 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,8 @@ def read_tensor(info: TensorInfo) -> Array:
 class SafetensorsWriter:
     """Writes a file whose header is decided first and whose tensors come one by one, in that order.
 
-    Use as a context manager; leaving it before every tensor was written is an error.
+    Use as a context manager; leaving it before every tensor was written is an error. The file is hashed on the way,
+    beside the writing: to read it again for that would cost as much as to write it.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
@@ -138,8 +141,10 @@ class SafetensorsWriter:
             name: TensorInfo(info.dtype, info.shape, path, info.offset + start) for name, info in self.infos.items()
         }
         self._waiting = list(plan)[::-1]
+        self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(max_workers=1)
         self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._append(np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8))
 
     def write(self, name: str, values: Array) -> None:
         """Append the next tensor; its name, dtype and shape are those of the plan."""
@@ -153,13 +158,24 @@ class SafetensorsWriter:
                 f"the plan says {info.dtype} {list(info.shape)}"
             )
         self._waiting.pop()
-        np.ascontiguousarray(values).reshape(-1).view(np.uint8).tofile(self._file)
+        self._append(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+    def _append(self, raw: Array) -> None:
+        hashed = self._hasher.submit(self._digest.update, raw.data)
+        self._file.write(raw.data)
+        hashed.result()
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._file.close()
+        self._hasher.shutdown()
         if kind is None and self._waiting:
             raise CheckpointError(f"{self.path}: '{self._waiting[-1]}' of the plan was never written")
 
@@ -178,12 +194,21 @@ def shard(plan: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, Tens
 
 
 def write_sharded(
-    folder: Path, plan: Mapping[str, TensorInfo], values: Iterable[tuple[str, Array]], *, max_bytes: int
-) -> None:
+    folder: Path,
+    plan: Mapping[str, TensorInfo],
+    values: Iterable[tuple[str, Array]],
+    *,
+    max_bytes: int,
+    layout: str = "pt",
+) -> dict[str, str]:
     """Write `model.safetensors`, or `model-0000i-of-0000n.safetensors` with Hugging Face's index beside them.
 
     Args:
         values: (name, tensor) in the order of the plan; each is let go before the next is asked for.
+        layout: What the header says to loaders of whose kind the tensors are ("pt": PyTorch's).
+
+    Returns:
+        sha256 of each file of tensors, by its name.
     """
     shards = shard(plan, max_bytes)
     names = [
@@ -191,8 +216,9 @@ def write_sharded(
         for index in range(len(shards))
     ]
     stream = iter(values)
+    hashes = {}
     for name, part in zip(names, shards, strict=True):
-        with SafetensorsWriter(folder / name, part, {"format": "pt"}) as writer:
+        with SafetensorsWriter(folder / name, part, {"format": layout}) as writer:
             for _ in part:
                 try:
                     tensor_name, tensor = next(stream)
@@ -200,12 +226,14 @@ def write_sharded(
                     break
                 writer.write(tensor_name, tensor)
                 del tensor
+        hashes[name] = writer.sha256
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in plan.values())},
             "weight_map": {tensor: name for name, part in zip(names, shards, strict=True) for tensor in part},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return hashes
 
 
 def read_folder(folder: Path) -> dict[str, TensorInfo]:

@@ -42,34 +42,151 @@ BASE: dict[str, Any] = {
 }
 
 
+GPT2_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+OPT_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "word_embed_proj_dim": 64,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+BLOOM_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "seq_length": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+BAICHUAN_BASE: dict[str, Any] = {
+    "architectures": ["BaichuanForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+    "model_type": "baichuan",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "vocab_size": VOCAB_SIZE,
+    "model_max_length": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+CHATGLM_BASE: dict[str, Any] = {
+    "_name_or_path": "THUDM/chatglm3-6b",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "ffn_hidden_size": 96,
+    "hidden_size": 64,
+    "kv_channels": 32,
+    "layernorm_epsilon": 1e-05,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "original_rope": True,
+    "padded_vocab_size": VOCAB_SIZE,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "rope_ratio": 1.0,
+    "seq_length": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+QWEN_BASE: dict[str, Any] = {
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    "model_type": "qwen",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "kv_channels": 16,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 1024,
+    "no_bias": True,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "seq_length": 256,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "vocab_size": VOCAB_SIZE,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One tiny model.
 
     Attributes:
         model_type: transformers' name of the family.
-        config: What differs from `BASE`.
+        config: What differs from `base`.
         seed: Of the weights.
+        base: The sizes, as this family's config names them.
     """
 
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    base: dict[str, Any] = field(default_factory=lambda: BASE)
 
     def build(self) -> Any:
         """The model, in float32, ready to be called: a fresh one each time."""
         import torch
+        from oracles import ORACLES
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(self.model_type, **{**BASE, **json.loads(json.dumps(self.config))})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        settings = {**self.base, **json.loads(json.dumps(self.config))}
+        if self.model_type in ORACLES:
+            model: Any = ORACLES[self.model_type](settings)
+        else:
+            config = AutoConfig.for_model(self.model_type, **settings)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                if name.endswith("norm.weight"):
+                if name.endswith(("norm.weight", "layernorm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
                     parameter.copy_(1.2 + 0.4 * noise)
-                elif "embed" in name:
+                elif any(part in name for part in ("embed", "wte.", "wpe.")):
                     parameter.copy_(0.4 * noise)
                 else:
                     parameter.copy_(0.18 * noise)
@@ -82,6 +199,8 @@ def _scaled(**rope: Any) -> Case:
 
 
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+_QUARTER = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 3}
 
 TINY: dict[str, Case] = {
@@ -129,6 +248,77 @@ TINY: dict[str, Case] = {
     ),
     "qwen3": Case("qwen3", {"head_dim": 32}),
     "qwen3-tied": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "glm": Case("glm", {"head_dim": 32}),
+    "glm-tied": Case("glm", {"head_dim": 64, "attention_bias": False, "tie_word_embeddings": True, **_QUARTER}),
+    "chatglm3": Case("chatglm2", base=CHATGLM_BASE),
+    "chatglm3-32k": Case("chatglm2", {"rope_ratio": 50.0, "num_layers": 3, "add_qkv_bias": False}, base=CHATGLM_BASE),
+    "chatglm2-32k": Case("chatglm2", {"_name_or_path": "chatglm2-6b-32k", "rope_ratio": 4.0}, base=CHATGLM_BASE),
+    "qwen1": Case("qwen", base=QWEN_BASE),
+    "qwen1-head-dim": Case("qwen", {"kv_channels": 32, "rotary_emb_base": 500.0}, base=QWEN_BASE),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "gemma3-tied": Case("gemma3_text", {"head_dim": 32, "sliding_window": 16, "tie_word_embeddings": True}),
+    "glm4": Case("glm4", {"head_dim": 32, "num_hidden_layers": 3}),
+    "mixtral": Case("mixtral", {"num_local_experts": 4}),
+    "qwen2-moe": Case(
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 64,
+            "mlp_only_layers": [1],
+            "num_hidden_layers": 3,
+        },
+    ),
+    "qwen2-moe-window": Case(
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            **_WINDOW,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3-moe": Case("qwen3_moe", {**_EXPERTS, "num_experts": 5, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3-moe-sparse": Case(
+        "qwen3_moe", {**_EXPERTS, "num_experts": 4, "head_dim": 16, "decoder_sparse_step": 2, "num_hidden_layers": 4}
+    ),
+    "mixtral-window": Case("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8}),
+    "gpt2": Case("gpt2", base=GPT2_BASE),
+    "gpt2-untied": Case(
+        "gpt2",
+        {"tie_word_embeddings": False, "n_inner": 96, "n_layer": 3, "activation_function": "gelu"},
+        base=GPT2_BASE,
+    ),
+    "opt": Case("opt", base=OPT_BASE),
+    "opt-350m": Case("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, base=OPT_BASE),
+    "opt-untied-gelu": Case("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}, base=OPT_BASE),
+    "bloom": Case("bloom", base=BLOOM_BASE),
+    "bloom-6-heads": Case("bloom", {"hidden_size": 96, "n_head": 6, "n_layer": 3}, base=BLOOM_BASE),
+    "bloom-untied": Case("bloom", {"tie_word_embeddings": False}, base=BLOOM_BASE),
+    "baichuan-7b": Case(
+        "baichuan",
+        {"architectures": ["BaiChuanForCausalLM"], "max_position_embeddings": 256},
+        base={key: value for key, value in BAICHUAN_BASE.items() if key != "model_max_length"},
+    ),
+    "baichuan-13b": Case("baichuan", {"hidden_size": 96, "num_attention_heads": 6}, base=BAICHUAN_BASE),
+    "baichuan2-7b": Case("baichuan", {"max_position_embeddings": 256, "z_loss_weight": 0}, base=BAICHUAN_BASE),
+    "baichuan2-13b": Case("baichuan", {"num_hidden_layers": 3, "z_loss_weight": 0}, base=BAICHUAN_BASE),
     "qwen3-bias-window": Case("qwen3", {**_WINDOW, "head_dim": 16, "max_window_layers": 2, "attention_bias": True}),
 }
 
@@ -145,6 +335,17 @@ def save(case: Case, folder: Path, *, dtype: str = "float32", max_shard_size: st
     case.build().to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder)
     return folder
+
+
+def load(folder: Path) -> Any:
+    """The model of a Hugging Face folder."""
+    import oracles
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] in oracles.ORACLES:
+        return oracles.load(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def save_tokenizer(folder: Path) -> None:

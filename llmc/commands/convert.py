@@ -11,6 +11,7 @@ import click
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="What SOURCE, a PEFT adapter, was trained on.")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
@@ -19,8 +20,12 @@ import click
     help="Type of all tensors; keep leaves each in its own (and gives float32 for GGUF's quantized ones).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
-def command(source: Path, out: Path, dtype: str, overwrite: bool) -> None:
-    """Make the checkpoint OUT of SOURCE: a Hugging Face folder, a .gguf file, or the folder of a training run."""
+def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: bool) -> None:
+    """Make the checkpoint OUT of SOURCE.
+
+    SOURCE is a Hugging Face or PaddleNLP folder, a .gguf file, a PEFT adapter (with --base), a DeepSpeed ZeRO
+    checkpoint, or the folder of a training run.
+    """
     from llmc.commands.progress import shown
     from llmc.commands.report import folder_size
     from llmc.converters.convert import convert
@@ -28,7 +33,7 @@ def command(source: Path, out: Path, dtype: str, overwrite: bool) -> None:
 
     began = time.perf_counter()
     with shown() as progress:
-        made = convert(source, out, dtype=dtype, overwrite=overwrite, progress=progress)
+        made = convert(source, out, base=base, dtype=dtype, overwrite=overwrite, progress=progress)
 
     sizes = [info.shape for info in made.infos.values()]
     parameters = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in sizes)

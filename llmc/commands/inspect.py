@@ -18,6 +18,7 @@ def command(folder: Path, as_json: bool, quick: bool) -> None:
     from rich.table import Table
 
     from llmc import manifest as manifests
+    from llmc import verified
     from llmc.commands.report import human
 
     found = manifests.read(folder)
@@ -36,6 +37,8 @@ def command(folder: Path, as_json: bool, quick: bool) -> None:
     for section in (found.settings, found.notes):
         for name, value in section.items():
             table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+    for result in verified.read(folder):
+        table.add_row("verified", verified.line(result))
     for name, entry in found.files.items():
         table.add_row("file", f"{name}  {human(entry.bytes)}  {entry.sha256[:12]}")
     table.add_row("whole", "not checked (--quick)" if quick else f"yes, {len(found.files)} files read and compared")

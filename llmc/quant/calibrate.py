@@ -2,9 +2,9 @@
 
     value = code * scale, one scale a channel, codes -127 to 127
 
-The scale of a value channel follows from its largest magnitude. A key channel is one of a pair that the rotary
-embedding turns by an angle that grows with the position: over a long context each of the two reaches the length of
-the pair, however short the calibration windows were. So both take their scale from the largest length of the pair;
+The scale of a value channel follows from its largest magnitude, and so does a key channel's, unless it is one of a
+pair that the rotary embedding turns by an angle that grows with the position: over a long context each of the two
+reaches the length of the pair, however short the calibration windows were. Both take their scale from that length;
 a maximum per channel would clip keys at positions that were never calibrated. (Qwen2.5-Coder-0.5B, 1,020 tokens in
 windows of 256, calibrated on 1,024: KL to fp32 0.0017 nats, with a maximum per channel 0.0039.)
 
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmc.model import Decoder, KVCache
+from llmc.model import Decoder, KVCache, from_pairs, pairs
 from llmc.quant.pack import Floats
 from llmc.runtime import Tokens
+from llmc.spec import Position, Rope
 
 HIGHEST_CODE = 127
 
@@ -29,15 +30,20 @@ HIGHEST_CODE = 127
 class _Watcher(KVCache):
     """Keeps no keys and values, only each channel's largest magnitude: layer -> [kv_heads, head_dim]."""
 
-    def __init__(self) -> None:
+    def __init__(self, position: Position) -> None:
         super().__init__()
+        self.position = position
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = k.chunk(2, dim=-1)
-        pairs = torch.hypot(first, second)
-        for seen, values in ((self.k, torch.cat((pairs, pairs), dim=-1)), (self.v, v.abs())):
+        reach = k.abs()
+        if isinstance(self.position, Rope):
+            interleaved, count = self.position.interleaved, self.position.size(k.shape[-1]) // 2
+            first, second, rest = pairs(reach, count, interleaved=interleaved)
+            length = torch.hypot(first, second)
+            reach = from_pairs(length, length, rest, interleaved=interleaved)
+        for seen, values in ((self.k, reach), (self.v, v.abs())):
             largest = values.amax(dim=(0, 2))
             seen[layer] = torch.maximum(seen.get(layer, largest), largest)
         return k, v
@@ -55,7 +61,7 @@ def kv_scales(
     Returns:
         `layers.N.attn.k_scale` and `.v_scale`, float32 [kv_size].
     """
-    watcher = _Watcher()
+    watcher = _Watcher(decoder.spec.position)
     with torch.inference_mode():
         for done, window in enumerate(windows):
             decoder.hidden(torch.from_numpy(window)[None], cache=watcher)

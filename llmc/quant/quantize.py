@@ -107,9 +107,9 @@ def quantize(
         figures = Figures(_total(checkpoint.infos), _total(infos))
         transform = algorithm(recipe.algorithm).prepare(checkpoint, recipe, windows) if recipe.weights else None
         stream = _stream(checkpoint, recipe, transform, scales, figures, progress)
-        checkpoints.write(folder, checkpoint.spec, infos, lambda name: _next(stream, name), recipe=recipe)
+        hashes = checkpoints.write(folder, checkpoint.spec, infos, lambda name: _next(stream, name), recipe=recipe)
         checkpoint.copy_companions(folder)
-        manifests.seal(folder, _manifest(source, recipe, calibration, figures))
+        manifests.seal(folder, _manifest(source, recipe, calibration, figures), hashes)
     return figures
 
 
@@ -207,7 +207,7 @@ def _stream(
     """Every tensor of the quantized checkpoint in the order of its plan, one matrix in memory at a time."""
     for done, name in enumerate(checkpoint):
         module, _, kind = name.rpartition(".")
-        is_matrix = len(checkpoint.infos[name].shape) == 2
+        is_matrix = names.is_matrix(name, checkpoint.infos[name].shape)
         weight_format = recipe.format_of(module) if is_matrix else None
         values = checkpoint[name]
         found = transform(name, values, weight_format) if transform else values

@@ -25,7 +25,7 @@ def pair(
 ) -> Any:
     """(transformers' model, its engine opened, tokens that both may hold)."""
     model = tiny.TINY[request.param].build()
-    kind = model.config.rope_parameters["rope_type"]
+    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
     # Where frequencies depend on the context's length, an engine has those of its own: so both stay below the border.
     length = 32 if kind in ("dynamic", "longrope") else 96
     folder = tmp_path_factory.mktemp("engine") / request.param

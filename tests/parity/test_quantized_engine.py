@@ -43,7 +43,21 @@ CASES = {
     "a group wider than the model": ("mistral-window", recipe(8, 128)),
     "some matrices kept": ("llama", recipe(4, 32, keep=("head", "layers.0.*"))),
     "the embedding kept": ("llama-tied", recipe(8, 32, keep=("embed",))),
+    "a norm of the embedding, and linear biases": ("bloom", recipe(4, 32)),
+    "a normalised head": ("baichuan2-7b", recipe(4, 32, symmetric=False)),
+    "a normalised head that is kept": ("baichuan2-13b", recipe(8, 32, keep=("head",))),
+    "learned positions stay as they are": ("gpt2", recipe(4, 32)),
+    "no gate, and a head of its own": ("gpt2-untied", recipe(8, 32, symmetric=False)),
+    "an embedding of a size of its own": ("opt-350m", recipe(4, 32)),
     "q, k and v in different formats": ("qwen2", recipe(4, 32, v=8)),
+    "experts in one operator": ("mixtral", recipe(4, 32)),
+    "experts with zero points": ("mixtral-window", recipe(4, 32, symmetric=False)),
+    "experts of 8 bits, computed in float32": ("mixtral", recipe(8, 32)),
+    "experts whose last group is partly padding": ("mixtral", recipe(4, 64)),
+    "scaled embeddings that are the head, too": ("gemma3-tied", recipe(4, 32)),
+    "experts and a shared one": ("qwen2-moe", recipe(4, 32)),
+    "experts whose weights do not sum to one": ("qwen3-moe-sparse", recipe(4, 16, symmetric=False)),
+    "one expert kept": ("mixtral", recipe(4, 32, keep=("layers.0.moe.experts.1.*",))),
 }
 
 
@@ -61,16 +75,20 @@ def test_quantized_weights(case: str, tmp_path: Path, tiny_checkpoint: Callable[
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_int8_arithmetic_stays_near(bits: int, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
-    quantize(tiny_checkpoint("qwen2"), tmp_path / "quantized", recipe(bits, 32))
+@pytest.mark.parametrize(("name", "share"), [("qwen2", 0.04), ("mixtral", 0.06)])
+def test_int8_arithmetic_stays_near(
+    name: str, share: float, bits: int, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    quantize(tiny_checkpoint(name), tmp_path / "quantized", recipe(bits, 32))
     builder.build(tmp_path / "quantized", tmp_path / "engine", arithmetic="int8")
     whole, _ = engine_logits(tmp_path / "engine")
     expected = reference_logits(tmp_path / "quantized")
-    # Each input is rounded to 1/127 of its group's largest value, which moves these logits by 2.5 % of their spread.
-    assert 0 < np.abs(whole - expected).mean() < 0.04 * expected.std()
+    # Each input is rounded to 1/127 of its group's largest value, which moves these logits by 2.5 % of their spread,
+    # and by 4 % where a router's scores, so moved, choose another expert now and then.
+    assert 0 < np.abs(whole - expected).mean() < share * expected.std()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window", "glm", "mixtral"])
 def test_int8_cache(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox and the lazy dog " * 60, encoding="utf-8")

@@ -33,6 +33,15 @@ def test_a_sealed_folder_lists_every_file_with_its_hash(tmp_path: Path) -> None:
     manifests.verify(tmp_path / "a", sealed)
 
 
+def test_a_known_hash_is_taken_and_the_file_not_read(tmp_path: Path) -> None:
+    with manifests.creating(tmp_path / "a") as work:
+        (work / "one").write_bytes(b"one")
+        (work / "two").write_bytes(b"two")
+        sealed = manifests.seal(work, PLAIN, {"one": "0" * 64})
+    assert sealed.files["one"].sha256 == "0" * 64
+    assert sealed.files["two"].sha256 == hashlib.sha256(b"two").hexdigest()
+
+
 def test_the_same_contents_give_the_same_manifest_wherever_they_are(tmp_path: Path) -> None:
     make(tmp_path / "a")
     make(tmp_path / "deep" / "b")

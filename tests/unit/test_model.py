@@ -11,13 +11,15 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_glm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llmc import checkpoint as checkpoints
 from llmc import manifest as manifests
+from llmc.alibi import slopes
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
-from llmc.model import Decoder, KVCache, RMSNorm, load, rotate, visible
+from llmc.model import Decoder, KVCache, RMSNorm, linear_biases, load, rotate, visible
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo
 
@@ -32,6 +34,18 @@ def test_visible(new: int, past: int, window: int | None) -> None:
             assert mask[row, key] == (key <= position and (window is None or position - key < window))
 
 
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 7))
+def test_linear_biases(new: int, past: int, heads: int) -> None:
+    biases = linear_biases(heads, visible(new, past + new, None))
+    assert biases.shape == (heads, new, past + new)
+    for row in range(new):
+        for key in range(past + new):
+            distance = past + row - key
+            expected = -slopes(heads) * distance if distance >= 0 else np.full(heads, -np.inf)
+            np.testing.assert_allclose(biases[:, row, key], expected, rtol=1e-6)
+
+
 def test_rotation_is_that_of_transformers() -> None:
     generator = torch.Generator().manual_seed(0)
     q, angles = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(5, 4, generator=generator)
@@ -39,6 +53,16 @@ def test_rotation_is_that_of_transformers() -> None:
     twice = [torch.cat((half, half), dim=-1)[None] for half in (cos, sin)]
     expected, _ = apply_rotary_pos_emb(q, q, *twice)
     torch.testing.assert_close(rotate(q, cos, sin), expected, rtol=0, atol=1e-6)
+
+
+def test_rotation_of_neighbours_in_a_part_of_the_head_is_that_of_transformers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, angles = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(5, 2, generator=generator)
+    cos, sin = angles.cos(), angles.sin()
+    twice = [torch.cat((half, half), dim=-1)[None] for half in (cos, sin)]
+    expected, _ = rotate_glm(q, q, *twice)
+    torch.testing.assert_close(rotate(q, cos, sin, interleaved=True), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rotate(q, cos, sin)[..., 4:], q[..., 4:], rtol=0, atol=0)
 
 
 def test_statistics_of_a_norm_are_fp32() -> None:

@@ -11,9 +11,23 @@ import torch
 
 from llmc import names
 from llmc.checkpoint import Checkpoint
-from llmc.model import Decoder, load
+from llmc.model import Decoder, Mlp, load
 
-CASES = ["llama", "llama-bias", "llama-multi-head", "qwen2", "qwen3", "qwen3-tied", "mistral-window"]
+CASES = [
+    "llama",
+    "llama-bias",
+    "llama-multi-head",
+    "qwen2",
+    "qwen3",
+    "qwen3-tied",
+    "mistral-window",
+    "mixtral",
+    "qwen2-moe",
+    "glm4",
+    "gemma3",
+    "gpt2",
+]
+CASES += ["opt", "opt-350m", "bloom-6-heads", "baichuan2-13b"]
 
 
 @pytest.fixture(params=CASES)
@@ -28,7 +42,10 @@ def test_tensors_are_the_parameters_of_the_decoder(decoder: Decoder) -> None:
 
 def test_matrices(decoder: Decoder) -> None:
     found = names.matrices(decoder.spec)
-    assert len(found) == 7 * decoder.spec.num_layers + 1 + (not decoder.spec.tied)
+    linears = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    routers = [name for name in linears if name.endswith((".router", ".shared_gate"))]
+    assert sorted(found) == sorted({"embed", *linears} - set(routers))
+    assert bool(routers) == (decoder.spec.moe is not None)
     assert ("head" in found) == (not decoder.spec.tied)
 
 
@@ -39,7 +56,10 @@ def test_smoothing_groups_hold(decoder: Decoder) -> None:
     before = decoder(tokens)
     state = dict(decoder.named_parameters())
     groups = names.smoothing_groups(decoder.spec)
-    assert len(groups) == 4 * decoder.spec.num_layers
+    through_mlp = decoder.spec.mlp.gated or decoder.spec.mlp.activation == "relu"
+    mlps = [name for name, module in decoder.named_modules() if isinstance(module, Mlp)]
+    in_attention = 1 if decoder.spec.norm.order == "after" or decoder.spec.norm.plus_one else 3
+    assert len(groups) == in_attention * decoder.spec.num_layers + through_mlp * len(mlps)
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         source = state[f"{group.source}.weight"]
@@ -64,7 +84,9 @@ def test_shard_axes_hold(decoder: Decoder, ranks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     seen = {0: 0, 1: 0}
     state = dict(decoder.named_parameters())
-    for module in names.matrices(decoder.spec):
+    matrices = [module for module in names.matrices(decoder.spec) if module not in ("embed_in", "embed_out")]
+    assert {names.shard_axis(f"{module}.weight") for module in ("embed_in", "embed_out")} == {None}
+    for module in matrices:
         weight, bias = state[f"{module}.weight"], state.get(f"{module}.bias")
         x = torch.randn(3, weight.shape[1], generator=generator)
         whole = torch.nn.functional.linear(x, weight, bias)
@@ -86,10 +108,12 @@ def test_shard_axes_hold(decoder: Decoder, ranks: int) -> None:
                 joined = joined + bias
         torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-5)
         seen[axis] += 1
-    assert seen == {0: len(names.matrices(decoder.spec)) - seen[1], 1: 2 * decoder.spec.num_layers}
+    mlps = [name for name, module in decoder.named_modules() if isinstance(module, Mlp)]
+    assert seen == {0: len(matrices) - seen[1], 1: decoder.spec.num_layers + len(mlps)}
 
 
 def test_norms_are_whole(decoder: Decoder) -> None:
-    norms = [name for name, shape in names.tensors(decoder.spec).items() if name.endswith("norm.weight")]
+    kinds = ("norm.weight", "norm.bias", "positions.weight")
+    norms = [name for name, shape in names.tensors(decoder.spec).items() if name.endswith(kinds)]
     assert len(norms) >= 2 * decoder.spec.num_layers + 1
     assert {names.shard_axis(name) for name in norms} == {None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -217,3 +218,14 @@ def test_an_index_that_is_wrong_is_refused(tmp_path: Path) -> None:
     assert "plain file name" in attempt({**weight_map, "a": f"../{tmp_path.name}/{weight_map['a']}"})
     assert "is missing" in attempt({**weight_map, "a": "model-9.safetensors"})
     assert "not a safetensors index" in attempt(3)
+
+
+@given(values=st.dictionaries(names, arrays, min_size=1, max_size=5), limit=st.integers(1, 200))
+@settings(max_examples=20, deadline=None)
+def test_files_are_hashed_while_they_are_written(
+    values: dict[str, np.ndarray], limit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("hashed")
+    plan = {name: TensorInfo(value.dtype, value.shape) for name, value in values.items()}
+    hashes = tensors.write_sharded(folder, plan, iter(values.items()), max_bytes=limit)
+    assert hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}

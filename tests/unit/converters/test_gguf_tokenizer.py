@@ -49,12 +49,20 @@ def recovered(metadata: dict[str, Any], folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+# llama.cpp's own expressions (src/llama-vocab.cpp) for what transformers does not know.
+_GLM4 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_CPP = {"bloom": r" ?[^(\s|.,!?…。，、।۔،)]+", "glm4": _GLM4, "chatglm-bpe": _GLM4}  # noqa: RUF001
+
+
 def authors_pre_tokenizer(name: str) -> Any:
-    """As transformers builds it for the same name: another hand than ours."""
+    """As transformers or llama.cpp builds it for the same name: another hand than ours."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    if name in GGUF_PRE_TOKENIZER_SPLITS:
-        split = tokenizers.Regex(GGUF_PRE_TOKENIZER_SPLITS[name])
+    if expression := GGUF_PRE_TOKENIZER_SPLITS.get(name) or LLAMA_CPP.get(name):
+        split = tokenizers.Regex(expression)
         steps = [
             pre_tokenizers.Split(split, behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

@@ -163,6 +163,32 @@ def test_tied_sources_may_hold_the_head_as_well(tiny_source: Source, tmp_path: P
     assert "head.weight" not in found
 
 
+def test_a_model_saved_without_its_head_is_the_same(tiny_source: Source, tmp_path: Path) -> None:
+    """As GPT-2 was published: no `transformer.` before the names, and the causal mask among the tensors."""
+    source = Path(shutil.copytree(tiny_source("gpt2"), tmp_path / "source"))
+    values = {name.removeprefix("transformer."): value for name, value in weights(source).items()}
+    values["h.1.attn.bias"], values["h.1.attn.masked_bias"] = torch.ones(1, 1, 8, 8), torch.tensor(-1e4)
+    save_weights(source, values)
+    found, expected = hf.convert(source, tmp_path / "a"), hf.convert(tiny_source("gpt2"), tmp_path / "b")
+    assert list(found) == list(expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    hf.export(tmp_path / "a", tmp_path / "back")
+    assert weights(tmp_path / "back").keys() == weights(tiny_source("gpt2")).keys()
+    del values["h.1.mlp.c_fc.bias"]
+    save_weights(source, values)
+    with pytest.raises(CheckpointError, match=r"'transformer\.h\.1\.mlp\.c_fc\.bias'.*missing"):
+        hf.convert(source, tmp_path / "c")
+
+
+def test_remote_code_is_not_run_and_that_is_said(
+    tiny_source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Path(shutil.copytree(tiny_source("baichuan-7b"), tmp_path / "source"))
+    (source / "modeling_baichuan.py").write_text("raise SystemExit('this was run')\n", encoding="utf-8")
+    hf.convert(source, tmp_path / "out")
+    assert "'auto_map' names code that came with the model: llmc does not run it" in caplog.text
+
+
 def test_a_head_that_differs_is_not_tied_whatever_the_config_says(
     tiny_source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,49 @@
+"""What each model family supports, from the families themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.converters import families, gguf_settings
+from llmc.converters.rules import Family
+from llmc.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """One family.
+
+    Attributes:
+        architectures: What `architectures` says in its configs.
+        positions, norm: Kinds, as in llmc/spec.py.
+        experts: Some of its models have mixtures of experts.
+        gguf: As which architecture llama.cpp has it, None if not at all.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    positions: tuple[str, ...]
+    norm: str
+    experts: bool
+    gguf: str | None
+
+
+def overview() -> list[Overview]:
+    """Every family, by name."""
+    return [_of(family) for _, family in sorted(families.load_all().items())]
+
+
+def _of(family: Family) -> Overview:
+    ours = {part for rule in family.rules for part in rule.parts}
+    try:
+        gguf = gguf_settings.architecture_for(family.name)
+    except UnsupportedModelError:
+        gguf = None
+    return Overview(
+        name=family.name,
+        architectures=family.architectures,
+        positions=family.positions,
+        norm="layer" if "layers.{layer}.attn_norm.bias" in ours else "rms",
+        experts="layers.{layer}.moe.router.weight" in ours,
+        gguf=gguf,
+    )

@@ -1,0 +1,122 @@
+"""Whatever a spec can say, the decoder and the engine compute alike: also what no family combines (yet)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from llmc import checkpoint as checkpoints
+from llmc import manifest as manifests
+from llmc.builders import ort as builder
+from llmc.model import Decoder
+from llmc.runtime import Chunk
+from llmc.serve.runners import open_runner
+from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Rope
+from llmc.tensors import TensorInfo
+
+TOKENS = np.array(tiny.tokens(40))
+HIDDEN = 64
+
+
+def any_spec(draw: random.Random) -> ModelSpec:
+    """A spec of a tiny model, each switch thrown at random."""
+
+    def flag() -> bool:
+        return draw.random() < 0.5
+
+    positions: list[Any] = [Rope(), Rope(fraction=0.5, interleaved=flag()), Rope(window_theta=500.0), Learned(offset=2)]
+    mlp = Mlp(
+        intermediate_size=96,
+        activation=draw.choice(["silu", "gelu", "gelu_tanh", "relu"]),
+        gated=flag(),
+        bias=flag(),
+    )
+    experts = Moe(num_experts=4, top_k=2, intermediate_size=32, shared_size=draw.choice([None, 32]), dense_layers=(1,))
+    kind = draw.choice(["rms", "layer"])
+    return ModelSpec(
+        family="none",
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=HIDDEN,
+        num_layers=3,
+        max_positions=64,
+        norm=Norm(
+            kind=kind,  # type: ignore[arg-type]
+            eps=1e-5,
+            plus_one=kind == "rms" and flag(),
+            embedding=flag(),
+            order=draw.choice(["before", "after", "both"]),
+        ),
+        position=draw.choice([*positions, Alibi(), Alibi()]),
+        attention=Attention(
+            num_heads=6,
+            num_kv_heads=draw.choice([2, 6]),
+            head_dim=32,
+            qk_norm=flag(),
+            qkv_bias=flag(),
+            o_bias=flag(),
+            scale=draw.choice([None, 0.1]),
+            window=draw.choice([None, 8]),
+            full_layers=draw.choice([(), (1,)]),
+        ),
+        mlp=mlp,
+        moe=experts if mlp.gated and not mlp.bias and flag() else None,
+        tied=flag(),
+        normalised_head=flag(),
+        embedding_size=draw.choice([None, 32]),
+        embedding_scale=draw.choice([1.0, 3.0]),
+    )
+
+
+def random_decoder(spec: ModelSpec, seed: int) -> Decoder:
+    decoder, generator = Decoder(spec), torch.Generator().manual_seed(seed)
+    for name, parameter in decoder.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            parameter.copy_(1.2 + 0.4 * noise if name.endswith("norm.weight") else 0.18 * noise)
+    return decoder.eval()
+
+
+def save(decoder: Decoder, folder: Path) -> None:
+    state = {name: values.numpy() for name, values in decoder.state_dict().items()}
+    infos = {name: TensorInfo(values.dtype, values.shape) for name, values in state.items()}
+    with manifests.creating(folder) as work:
+        checkpoints.write(work, decoder.spec, infos, state.__getitem__)
+        manifests.seal(work, manifests.Manifest(kind="checkpoint", tools=manifests.tools()))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
+    spec = any_spec(random.Random(seed))
+    decoder = random_decoder(spec, seed)
+    with torch.inference_mode():
+        expected = decoder(torch.from_numpy(TOKENS)[None])[0].numpy()
+    save(decoder, tmp_path / "checkpoint")
+    builder.build(tmp_path / "checkpoint", tmp_path / "engine")
+    runner = open_runner(tmp_path / "engine", threads=1, max_sequences=1)
+    runner.claim(1, TOKENS)
+    found = []
+    for begin, end in ((0, 20), (20, 21), (21, 22), (22, 40)):
+        (part,) = runner.step([Chunk(1, begin, TOKENS[begin:end], end - begin)])
+        found.append(part.copy())
+    runner.close()
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+def test_the_specs_above_say_everything() -> None:
+    """Every kind of every switch is met, and so is every pair of kinds of norms and positions."""
+    specs = [any_spec(random.Random(seed)) for seed in range(40)]
+    orders = {(spec.norm.kind, spec.norm.order) for spec in specs}
+    assert len(orders) == 6
+    assert {spec.position.kind for spec in specs} == {"rope", "learned", "alibi"}
+    assert {spec.mlp.activation for spec in specs} == {"silu", "gelu", "gelu_tanh", "relu"}
+    flags = [
+        (spec.moe is None, spec.mlp.gated, spec.mlp.bias, spec.attention.qk_norm, spec.attention.window is None)
+        for spec in specs
+    ]
+    assert all({True, False} == set(column) for column in zip(*flags, strict=True))

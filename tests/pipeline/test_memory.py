@@ -1,0 +1,100 @@
+"""What converting costs in memory, for the formats that turn tensors into others; test_hf.py has the plain ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llmc.converters import families
+from llmc.converters.rules import source_names
+from llmc.names import tensors
+
+MEASURE = """
+import sys
+from pathlib import Path
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+from llmc.converters import hf, paddle, peft  # what is imported is not what converting costs
+before = kilobytes("VmRSS")
+kind, source, base, out = sys.argv[1], *map(Path, sys.argv[2:])
+if kind == "paddle":
+    paddle.convert(source, out)
+elif kind == "export":
+    paddle.export(source, out)
+else:
+    peft.convert(source, out, base=base, dtype=kind)
+print(kilobytes("VmHWM") - before)
+"""
+
+CONFIG = {
+    "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64000, "num_hidden_layers": 10,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"],
+}  # fmt: skip
+LARGEST = 4 * 64000 * 1024
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a random model of 800 MB, whose largest tensors are its embedding and its head."""
+    family, spec = families.read_spec(CONFIG, folder)
+    names = source_names(family.rules, spec)
+    values = {names[name]: torch.rand(shape) for name, shape in tensors(spec).items()}
+    assert sum(value.nbytes for value in values.values()) > 800e6
+    assert max(value.nbytes for value in values.values()) == LARGEST
+    return values
+
+
+def grown(kind: str, source: Path, base: Path, out: Path) -> int:
+    """By how many bytes a process grows that converts."""
+    command = [sys.executable, "-c", MEASURE, kind, str(source), str(base), str(out)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
+
+
+@pytest.mark.slow
+def test_an_adapter_of_every_matrix(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    values = weights(base)
+    save_file(values, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    changes: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        at = "base_model.model." + name.removesuffix(".weight")
+        if "embed" in name:
+            changes[f"{at}.lora_embedding_A"] = torch.rand(16, value.shape[0])
+            changes[f"{at}.lora_embedding_B"] = torch.rand(value.shape[1], 16)
+            changes[f"{at}.lora_magnitude_vector"] = torch.rand(value.shape[1])
+        elif value.ndim == 2:
+            changes[f"{at}.lora_A.weight"] = torch.rand(16, value.shape[1])
+            changes[f"{at}.lora_B.weight"] = torch.rand(value.shape[0], 16)
+            changes[f"{at}.lora_magnitude_vector"] = torch.rand(value.shape[0])
+    save_file(changes, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "use_dora": True}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for dtype in ("keep", "bfloat16"):
+        assert grown(dtype, adapter, base, tmp_path / dtype) < LARGEST + 300e6
+
+
+@pytest.mark.slow
+def test_transposed_both_ways(tmp_path: Path) -> None:
+    folder = tmp_path / "paddle"
+    folder.mkdir()
+    state = {
+        name.replace("model.", "llama."): (value.T if value.ndim == 2 and "embed" not in name else value).numpy().copy()
+        for name, value in weights(folder).items()
+    }
+    with (folder / "model_state.pdparams").open("wb") as file:
+        pickle.dump(state, file, protocol=4)
+    del state
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "paddlenlp_version": None}), encoding="utf-8")
+    assert grown("paddle", folder, folder, tmp_path / "checkpoint") < LARGEST + 300e6
+    assert grown("export", tmp_path / "checkpoint", folder, tmp_path / "back") < LARGEST + 300e6

@@ -1,0 +1,50 @@
+"""`llmc families`: the table has every family, and says of each what its tiny models show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+import llmc.converters.families
+from llmc.cli import group
+from llmc.converters import families
+from llmc.converters.overview import Overview, overview
+
+FILES = sorted(path.stem for path in Path(llmc.converters.families.__file__).parent.glob("*.py"))
+NAMES = [name for name in FILES if name != "__init__"]
+
+
+def test_the_table_has_a_row_for_every_file() -> None:
+    result = CliRunner().invoke(group, ["families"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    title, _header, *rows = result.output.strip().splitlines()
+    assert title.strip() == f"{len(NAMES)} model families"
+    assert [row.split()[0] for row in rows] == NAMES
+    for row in rows:
+        for architecture in families.by_name(row.split()[0]).architectures:
+            assert architecture in row
+
+
+def test_json() -> None:
+    found = json.loads(CliRunner().invoke(group, ["families", "--json"]).output)
+    assert [family["name"] for family in found] == NAMES
+    by_name = {family["name"]: family for family in found}
+    assert by_name["mistral"]["gguf"] == "llama"
+    assert [name for name in NAMES if by_name[name]["experts"]] == ["mixtral", "qwen2_moe", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", overview(), ids=lambda family: family.name)
+def test_what_it_says_is_what_the_tiny_models_show(family: Overview, tiny_source: Callable[[str], Path]) -> None:
+    specs = []
+    for name, case in tiny.TINY.items():
+        if case.model_type == family.name:
+            config = json.loads((tiny_source(name) / "config.json").read_text(encoding="utf-8"))
+            specs.append(families.read_spec(config, name)[1])
+    assert {spec.position.kind for spec in specs} == set(family.positions)
+    assert {spec.norm.kind for spec in specs} == {family.norm}
+    assert any(spec.moe for spec in specs) == family.experts

@@ -1,0 +1,83 @@
+"""Models that transformers has under another name: what it computes is what their authors' formulas give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import tiny
+import torch
+
+from llmc.checkpoint import Checkpoint
+from llmc.converters import families, hf, native
+from llmc.converters.convert import convert
+
+Folder = Callable[[str], Path]
+
+# Tiny model of its authors' -> transformers' class that computes it.
+CLASSES = {
+    "qwen1": "Qwen2ForCausalLM",
+    "qwen1-head-dim": "Qwen2ForCausalLM",
+    "chatglm3": "GlmForCausalLM",
+    "chatglm3-32k": "GlmForCausalLM",
+    "chatglm2-32k": "GlmForCausalLM",
+    "baichuan-7b": "LlamaForCausalLM",
+}
+NONE = ("baichuan-13b", "baichuan2-7b", "baichuan2-13b")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_transformers_computes_it(name: str, tiny_source: Folder, tiny_checkpoint: Folder, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    native.export(tiny_checkpoint(name), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))["architectures"] == [CLASSES[name]]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == CLASSES[name]
+    assert model.generation_config.eos_token_id == [2, 0]
+    tokens = torch.tensor([tiny.tokens(40)])
+    with torch.no_grad():
+        expected, met = oracles.load(tiny_source(name))(tokens).logits, model(tokens).logits
+    assert (met - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_it_can_be_converted_again(name: str, tiny_checkpoint: Folder, tmp_path: Path) -> None:
+    native.export(tiny_checkpoint(name), tmp_path / "hf")
+    one, two = Checkpoint(tiny_checkpoint(name)), convert(tmp_path / "hf", tmp_path / "again")
+    assert two.spec == one.spec.model_copy(update={"family": families.by_name(one.spec.family).native})
+    assert list(one) == list(two)
+    for tensor in one:
+        assert np.array_equal(one[tensor], two[tensor]), tensor
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_what_no_class_computes_stays_its_authors(
+    name: str, tiny_checkpoint: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    native.export(tiny_checkpoint(name), tmp_path / "hf")
+    hf.export(tiny_checkpoint(name), tmp_path / "original")
+    assert files(tmp_path / "hf") == files(tmp_path / "original")
+    assert "no class for this baichuan" in caplog.text
+
+
+def test_every_other_family_has_one_form(tiny_checkpoint: Folder, tmp_path: Path) -> None:
+    looked = set()
+    for name, case in tiny.TINY.items():
+        spec = Checkpoint(tiny_checkpoint(name)).spec
+        if families.by_name(spec.family).native or spec.family in looked:
+            assert name in (*CLASSES, *NONE) or spec.family in looked, f"{name} {case}"
+            continue
+        looked.add(spec.family)
+        native.export(tiny_checkpoint(name), tmp_path / name / "hf")
+        hf.export(tiny_checkpoint(name), tmp_path / name / "original")
+        assert files(tmp_path / name / "hf") == files(tmp_path / name / "original")
+    assert looked == {family.name for family in families.load_all().values() if not family.native}

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmc.config import Strict
+from llmc.serve.grammar import Grammar
 from llmc.serve.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
+from llmc.serve.routes.forms import Formed
 
 MAX_PROMPTS = 1024
 
@@ -26,7 +28,6 @@ REFUSED_BY_CHAT: Mapping[str, Collection[Any]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": ("none",),
@@ -42,10 +43,22 @@ REFUSED_BY_CHAT: Mapping[str, Collection[Any]] = {
 }
 REFUSED_BY_COMPLETIONS: Mapping[str, Collection[Any]] = {
     "suffix": ("",),
-    "best_of": (1,),
-    "response_format": ({"type": "text"},),
     "messages": (),
     "tools": ([],),
+}
+
+REFUSED_BY_RESPONSES: Mapping[str, Collection[Any]] = {
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "prompt": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "reasoning": ({},),
+    "truncation": ("disabled",),
+    "include": ([],),
+    "max_tool_calls": (),
+    "stream_options": ({}, {"include_obfuscation": False}),
 }
 
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -63,7 +76,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Body(Sampling):
+class Body(Sampling, Formed):
     """What both endpoints take beside the sampling fields."""
 
     model: str | None = None
@@ -71,6 +84,8 @@ class Body(Sampling):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Body:
@@ -100,20 +115,41 @@ def _prompts(value: Any) -> Any:
 class CompletionBody(Body):
     """POST /v1/completions. OpenAI's default of 16 tokens holds."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), Field(max_length=MAX_PROMPTS)]
+    prompt: Annotated[
+        list[str] | list[list[int]],
+        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        Field(max_length=MAX_PROMPTS),
+    ]
     max_tokens: Count = 16
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    def request(self, ids: list[int]) -> Request:
+    @model_validator(mode="after")
+    def _best_is_chosen_at_the_end(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of ({self.best_of}) must be at least n ({self.n})")
+        if self.drawn > self.n and self.stream:
+            raise ValueError("best_of is not for stream: true: which is best is known at the end")
+        return self
+
+    @property
+    def drawn(self) -> int:
+        """Choices that are generated for each prompt; the best `n` of them are answered."""
+        return self.best_of or self.n
+
+    def request(self, ids: list[int], grammar: Grammar | None = None) -> Request:
         """What the engine is asked for one of the prompts."""
         return Request(
             tuple(ids),
             self.sampling,
             self.max_tokens,
-            self.n,
-            self.logprobs,
+            self.drawn,
+            0 if self.logprobs is None and self.drawn > self.n else self.logprobs,
             prompt_logprobs=self.echo and self.logprobs is not None,
+            priority=self.priority,
+            cache_salt=self.cache_salt or "",
+            grammar=grammar,
         )
 
 
@@ -184,7 +220,16 @@ class ChatBody(Body):
             raise ValueError(f"chat_template_kwargs may not set {', '.join(sorted(taken))}")
         return self
 
-    def request(self, ids: list[int]) -> Request:
+    def request(self, ids: list[int], grammar: Grammar | None = None) -> Request:
         """What the engine is asked."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return Request(tuple(ids), self.sampling, most, self.n, (self.top_logprobs or 0) if self.logprobs else None)
+        return Request(
+            tuple(ids),
+            self.sampling,
+            most,
+            self.n,
+            (self.top_logprobs or 0) if self.logprobs else None,
+            priority=self.priority,
+            cache_salt=self.cache_salt or "",
+            grammar=grammar,
+        )

@@ -21,7 +21,7 @@ def register(app: Flask, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     def chat() -> Response:
-        body = read_body(ChatBody, refused=REFUSED_BY_CHAT, ignored=IGNORED)
+        body = read_body(ChatBody, strict=service.strict, refused=REFUSED_BY_CHAT, ignored=IGNORED)
         service.check_model(body.model)
         ids = chat_ids(
             service.tokenizer,
@@ -29,7 +29,7 @@ def register(app: Flask, service: Service) -> None:
             add_generation_prompt=body.add_generation_prompt,
             **body.chat_template_kwargs,
         )
-        handle = service.engine.submit(body.request(ids))
+        handle = service.engine.submit(body.request(ids, service.grammar(body.constraints)))
         if body.stream:
             envelope = Envelope("chat.completion.chunk", service.model, "chatcmpl")
             encode = _encoder(service, envelope, body.include_usage)

@@ -46,6 +46,7 @@ HEAVY = {
     "flask": {"llmc.serve.app", "llmc.serve.routes", "llmc.serve.server"},
     "prometheus_client": {"llmc.serve"},
     "gunicorn": {"llmc.serve"},
+    "llguidance": {"llmc.serve.grammar"},
 }
 
 # These, and all that they import in turn, use the standard library and pydantic alone (the command also click).

@@ -11,11 +11,11 @@ import secrets
 
 from flask import Flask, Response, g, request
 
-from llmc.serve.routes import chat, completions, errors, models, openapi, operations, paddle, responses, tokens
+from llmc.serve.routes import chat, completions, errors, models, openapi, operations, paddle, page, responses, tokens
 from llmc.serve.routes.errors import AuthenticationError
 from llmc.serve.service import Service
 
-OPEN_ROUTES = frozenset({"/health", "/ready"})
+OPEN_ROUTES = frozenset({"/health", "/ready", *page.FILES})
 # Of the unknown fields that were ignored, so many are named in the header.
 NAMED = 10
 
@@ -28,7 +28,7 @@ def create_app(service: Service) -> Flask:
     # A redirect would be an HTML page.
     app.url_map.merge_slashes = False
     errors.register(app)
-    for module in (models, completions, chat, responses, tokens, paddle, operations, openapi):
+    for module in (models, completions, chat, responses, tokens, paddle, operations, openapi, page):
         module.register(app, service)
 
     @app.before_request

@@ -22,7 +22,7 @@ class Service:
     Attributes:
         model: The name by which clients ask for it.
         created: When it was loaded, seconds since 1970.
-        api_keys: If given, all routes but /health and /ready want one of them.
+        api_keys: If given, all routes but /health, /ready and the chat page want one of them.
         allow_origins: Origins of web pages whose scripts may ask this server; none by default.
         max_body: Bytes of a request's body.
         keep_alive: Seconds of silence in a stream after which a comment is sent.

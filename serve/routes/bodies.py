@@ -16,16 +16,15 @@ from llmc.serve.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Request, Sampling
 from llmc.serve.routes.forms import Formed
 
 MAX_PROMPTS = 1024
+MAX_TOOLS = 128
 
 # Change nothing in an answer: for accounting, caching and scheduling elsewhere.
 IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-    | {"prediction", "parallel_tool_calls"}
+    | {"prediction"}
 )
 # Would change the answer; each with the values that ask for nothing.
 REFUSED_BY_CHAT: Mapping[str, Collection[Any]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -200,6 +199,40 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
+class Function(Strict):
+    """What may be called.
+
+    Attributes:
+        parameters: A JSON schema of the arguments.
+        strict: A forced call refuses a schema that cannot be kept to; else passes over what it cannot.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """One of the functions on offer."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """One of them, by its name."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The one that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
@@ -209,6 +242,34 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The functions that may be called, as the template wants them."""
+        if self.tool_choice == "none":
+            return []
+        return [{"type": "function", "function": each.function.model_dump(exclude_none=True)} for each in self.tools]
+
+    @property
+    def forced(self) -> list[dict[str, Any]]:
+        """The functions one of which must be called."""
+        functions: list[dict[str, Any]] = [each["function"] for each in self.offered]
+        if isinstance(self.tool_choice, NamedTool):
+            return [each for each in functions if each["name"] == self.tool_choice.function.name]
+        return functions if self.tool_choice == "required" else []
+
+    @model_validator(mode="after")
+    def _forced_has_something_to_call(self) -> ChatBody:
+        if self.tool_choice in ("none", "auto"):
+            return self
+        if not self.forced:
+            raise ValueError("tool_choice asks for a function that 'tools' does not have")
+        if self.constraints:
+            raise ValueError(f"{self.constraints[0].param} and a tool_choice that forces a call exclude each other")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
@@ -223,9 +284,11 @@ class ChatBody(Body):
     def request(self, ids: list[int], grammar: Grammar | None = None) -> Request:
         """What the engine is asked."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        # What marks a call is a special token of some models.
+        sampling = self.sampling.model_copy(update={"skip_special_tokens": False}) if self.offered else self.sampling
         return Request(
             tuple(ids),
-            self.sampling,
+            sampling,
             most,
             self.n,
             (self.top_logprobs or 0) if self.logprobs else None,

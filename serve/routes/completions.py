@@ -52,7 +52,12 @@ def register(app: Flask, service: Service) -> None:
 
     @app.post("/v1/completions")
     def completions() -> Response:
-        body = read_body(CompletionBody, strict=service.strict, refused=REFUSED_BY_COMPLETIONS, ignored=IGNORED)
+        body = read_body(
+            CompletionBody,
+            strict=service.strict,
+            refused=REFUSED_BY_COMPLETIONS,
+            ignored=IGNORED | {"parallel_tool_calls"},
+        )
         service.check_model(body.model)
         prompts = [each if isinstance(each, list) else completion_ids(service.tokenizer, each) for each in body.prompt]
         grammar = service.grammar(body.constraints)

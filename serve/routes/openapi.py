@@ -25,6 +25,7 @@ POSTS: dict[str, tuple[str, type[BaseModel]]] = {
     "/api/chat": ("The chat of PaddleNLP's Flask server.", PaddleBody),
 }
 GETS: dict[str, str] = {
+    "/": "A page to chat with.",
     "/v1/models": "What is served.",
     "/v1/models/{name}": "One of them.",
     "/health": "503 when a restart would help.",

@@ -127,7 +127,7 @@ class ResponsesBody(Strict):
 
 def register(app: Flask, service: Service) -> None:
     """Add the route."""
-    ignored = IGNORED - {"user", "metadata", "store"}
+    ignored = (IGNORED | {"parallel_tool_calls"}) - {"user", "metadata", "store"}
 
     @app.post("/v1/responses")
     def responses() -> Response:

@@ -250,8 +250,13 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, {"messages": [{"content": "x"}]}, 400, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "contnt": "y"}]}, 400, "messages.0.contnt"),
     (CHAT, {"messages": [{"role": "user", "content": "x " * 300}]}, 400, "prompt"),
-    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
-    (CHAT, {"tool_choice": "required"}, 400, "tool_choice"),
+    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    (CHAT, {"tools": [{"type": "retrieval"}]}, 400, "tools.0.type"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, 400, "tools"),
+    (CHAT, {"tool_choice": "required"}, 400, None),
+    (TEXT, {"tools": [{"type": "function"}]}, 400, "tools"),
     (CHAT, {"functions": [{}]}, 400, "functions"),
     (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format.type"),
     (CHAT, {"response_format": {"type": "json_schema"}}, 400, "response_format"),
@@ -362,7 +367,7 @@ def test_bad_bodies(client: FlaskClient, route: str) -> None:
 
 def test_unknown_routes_and_methods(client: FlaskClient) -> None:
     for path in (
-        "/",
+        "/web",
         "/v1",
         "/v1/",
         "//v1/models",
@@ -510,7 +515,8 @@ def test_the_key_protects_every_route_but_two(service: Service) -> None:
             assert error["code"] == "invalid_api_key"
     app = create_app(service)
     named = {rule.rule for rule in app.url_map.iter_rules()}
-    assert named == {*ROUTES, "/v1/models/<path:name>", "/health", "/ready"} - {"/nothing", "/v1/models/toy"}
+    open_routes = {"/health", "/ready", "/", "/web/chat.css", "/web/chat.js"}
+    assert named == {*ROUTES, "/v1/models/<path:name>", *open_routes} - {"/nothing", "/v1/models/toy"}
     for key in ("other", "secret\u00e9"):
         assert (
             client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode().decode("latin-1")}).status_code

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Perplexity of engines and checkpoints, side by side."),
     "generate": ("generate", "Continue a text with an engine."),
     "serve": ("serve", "Serve an engine over HTTP."),
+    "bench": ("bench", "Measure an engine, or a server."),
     "inspect": ("inspect", "Say what a folder is, where it came from, and whether it is whole."),
 }
 

@@ -34,7 +34,7 @@ HEAVY = {
     "torch": {"llmc.model", "llmc.quant", "llmc.evaluate", "llmc.trainers", "llmc.converters.pickled"},
     "transformers": {"llmc.trainers", "llmc.converters.hf_tokenizer"},
     "accelerate": {"llmc.trainers"},
-    "matplotlib": {"llmc.trainers.curves"},
+    "matplotlib": {"llmc.trainers.curves", "llmc.serve.bench.plot"},
     "safetensors": set[str](),
     "onnx": {"llmc.builders"},
     "onnx_ir": {"llmc.builders"},

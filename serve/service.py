@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from llmc.errors import NotFoundError, UserError
 from llmc.serve.engine import Engine
 from llmc.serve.grammar import Constraint, Grammar
+from llmc.serve.scheduler import ContextLengthError
 from llmc.tokenizer import Tokenizer
 
 RETRY_SECONDS = 1
@@ -47,6 +48,21 @@ class Service:
     def grammar(self, constraints: Sequence[Constraint]) -> Grammar | None:
         """The form that an output must have, ready to be followed; see Grammars.compile for what is raised."""
         return self.engine.grammars.compile(constraints[0]) if constraints else None
+
+    def check_length(self, text: str, param: str) -> None:
+        """Refuse what could not fit whatever its tokens are, before time is spent on tokenizing it.
+
+        Raises:
+            ContextLengthError: With the limit.
+        """
+        longest = self.engine.budget.longest
+        most = longest * self.engine.vocabulary.longest_piece
+        if len(text) > most:
+            raise ContextLengthError(
+                f"This model's maximum context length is {longest} tokens, and {len(text)} characters cannot be fewer: "
+                "shorten the prompt",
+                param=param,
+            )
 
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
         """Raise UserError unless the model has all these tokens."""

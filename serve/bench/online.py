@@ -25,11 +25,11 @@ import numpy as np
 
 from llmc.errors import LlmcError, UserError
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work government number night point home water room mother "
     "area money story fact month lot right study book eye job word business issue side kind head house service friend"
-).split()  # noqa: SIM905
+).split()
 PERCENTILES = (50, 90, 95, 99)
 
 

@@ -179,6 +179,13 @@ class Message(Strict):
             raise ValueError("content is required")
         return self
 
+    @property
+    def text(self) -> str:
+        """What it says."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
     def plain(self) -> dict[str, Any]:
         """As templates expect it: no absent keys, `system` for its newer name, arguments of calls as objects."""
         values = self.model_dump(exclude_none=True)

@@ -28,6 +28,7 @@ def register(app: Flask, service: Service) -> None:
         body = read_body(ChatBody, strict=service.strict, refused=REFUSED_BY_CHAT, ignored=IGNORED)
         service.check_model(body.model)
         form = format_of(service.tokenizer) if body.offered else None
+        service.check_length("".join(message.text for message in body.messages), "messages")
         ids = chat_ids(
             service.tokenizer,
             [message.plain() for message in body.messages],

@@ -59,6 +59,9 @@ def register(app: Flask, service: Service) -> None:
             ignored=IGNORED | {"parallel_tool_calls"},
         )
         service.check_model(body.model)
+        for each in body.prompt:
+            if isinstance(each, str):
+                service.check_length(each, "prompt")
         prompts = [each if isinstance(each, list) else completion_ids(service.tokenizer, each) for each in body.prompt]
         grammar = service.grammar(body.constraints)
         handle = service.engine.submit(*(body.request(ids, grammar) for ids in prompts))

@@ -85,6 +85,7 @@ def register(app: Flask, service: Service) -> None:
     @app.post("/api/chat")
     def paddle_chat() -> Response:
         body = read_body(PaddleBody, strict=service.strict, refused={}, ignored=IGNORED)
+        service.check_length(body.context, "context")
         ids = prompt_ids(service.tokenizer, body)
         most = min(body.max_length, service.engine.budget.longest - len(ids))
         handle = service.engine.submit(Request(tuple(ids), body.sampling, most if most > 0 else body.max_length))

@@ -1,20 +1,21 @@
 """The fifteen faults that a server must survive, where they are tested, and those that are tested nowhere else.
 
- 1  a client that leaves while it is answered, queued, or read  test_server.py: a_client_that_goes_away..., clients_that...
- 2  a reader that stops reading  test_server.py: a_reader_that_stops_reading...
- 3  huge bodies, prompts and nesting                                test_http.py: bad_bodies;  here: sizes
- 4  invalid UTF-8 and JSON, wrong types of content, NUL             test_http.py: bad_bodies;  here: strange_text
- 5  parameters out of every range  test_http.py: bad_fields_are_named
- 6  a failure in one request's sampling  test_engine.py: what_is_wrong_with_one_request...
- 7  a step that fails, or does not come back                        test_engine.py: a_failing_step..., a_stuck_step...;  here: hung
- 8  a full cache                                                    test_engine.py: many_with_random_arrivals...;  here: tiny_cache
- 9  SIGTERM, a second one, a worker killed                          test_server.py: sigterm...;  here: second_sigterm
-10  a damaged engine  test_ort.py: a_changed_byte_is_refused
-11  an engine of another version  test_ort.py: another_schema_is_refused
-12  a malicious checkpoint or engine                                test_hf.py: a_malicious_pickle...;  here: external_data
-13  names that lead out of what is served  here: names
-14  forms and stop strings that never end                           test_forms.py: hostile_forms...;  here: stop_strings
-15  texts and templates made to be slow                             test_prompt.py: a_bad_template...;  here: bombs
+ 1  a client that leaves while it is answered, queued, or read
+    test_server.py: a_client_that_goes_away, clients_that_leave
+ 2  a reader that stops reading     test_server.py: a_reader_that_stops_reading
+ 3  huge bodies, prompts, nesting   test_http.py: bad_bodies; here: sizes
+ 4  invalid UTF-8 and JSON, NUL     test_http.py: bad_bodies; here: strange_text
+ 5  parameters out of every range   test_http.py: bad_fields_are_named
+ 6  one request's sampling fails    test_engine.py: what_is_wrong_with_one_request
+ 7  a step fails or hangs           test_engine.py: a_failing_step, a_stuck_step; here: hung
+ 8  a full cache                    test_engine.py: many_with_random_arrivals; here: tiny_cache
+ 9  SIGTERM, two, a worker killed   test_server.py: sigterm, a_worker_that_dies; here: second_sigterm
+10  a damaged engine                test_ort.py: a_changed_byte_is_refused
+11  an engine of another version    test_ort.py: another_schema_is_refused
+12  a malicious folder              test_hf.py: a_malicious_pickle; here: external_data
+13  names that lead out             here: names
+14  endless forms, stop strings     test_forms.py: hostile_forms; here: stop_strings
+15  slow texts and templates        test_prompt.py: a_bad_template; here: bombs, long_texts_let_others_work
 """
 
 from __future__ import annotations
@@ -62,18 +63,15 @@ def error_of(client: FlaskClient, path: str, body: dict[str, Any]) -> tuple[int,
 
 def test_the_table_names_tests_that_exist() -> None:
     assert __doc__
-    rows = re.findall(r"^ ?(\d+)  (.*)$", __doc__, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 16))
-    folders = [Path(__file__).parents[1]]
+    assert [int(number) for number in re.findall(r"^ ?(\d+)  ", __doc__, re.MULTILINE)] == list(range(1, 16))
     looked = 0
-    for _, row in rows:
-        for where, names in re.findall(r"(test_\w+\.py|here): ([\w., ]+)", row):
-            files = [Path(__file__)] if where == "here" else list(folders[0].rglob(where))
-            text = "".join(path.read_text(encoding="utf-8") for path in files)
-            for name in names.split(","):
-                assert f"def test_{name.strip().rstrip('.')}" in text, (where, name)
-                looked += 1
-    assert looked >= 22
+    for where, names in re.findall(r"(test_\w+\.py|here): ([\w, ]+)", __doc__):
+        files = [Path(__file__)] if where == "here" else list(Path(__file__).parents[1].rglob(where))
+        text = "".join(path.read_text(encoding="utf-8") for path in files)
+        for name in names.split(","):
+            assert f"def test_{name.strip()}" in text, (where, name)
+            looked += 1
+    assert looked >= 25
 
 
 # 3
@@ -260,3 +258,20 @@ def test_bombs(make_engine: MakeEngine, text: str) -> None:
     assert time.monotonic() - began < 10
     assert client.post("/detokenize", json={"tokens": found.get_json()["tokens"]}).get_json()["prompt"] == text
     assert json.loads(client.get("/health").get_data())["status"] == "ok"
+
+
+def test_long_texts_let_others_work(tokenizer: Tokenizer) -> None:
+    """The tokenizer does not hold Python's lock while it reads a long text."""
+    turns, done = 0, threading.Event()
+
+    def encode() -> None:
+        tokenizer.encode("the quick brown fox " * 50_000)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.is_set():
+        time.sleep(0.001)
+        turns += 1
+    thread.join()
+    assert turns > 20

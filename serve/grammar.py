@@ -57,18 +57,20 @@ class Constraint(NamedTuple):
 
 
 class Matcher:
-    """Where one sequence is in its grammar."""
+    """Where one sequence is in its grammar.
+
+    llguidance's object must not be touched by two threads at a time: while a mask is computed, only that is waited for.
+
+    Attributes:
+        finished: Nothing may follow.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int, pool: ThreadPoolExecutor) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._pool = pool
+        self.finished = False
         self._mask: Future[bytes] = pool.submit(matcher.compute_bitmask)
-
-    @property
-    def finished(self) -> bool:
-        """Nothing may follow."""
-        return bool(self._matcher.is_stopped())
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """bool [vocab_size]: which tokens may come next, the end of the text among them where it may end.
@@ -87,7 +89,9 @@ class Matcher:
 
     def advance(self, token: int) -> None:
         """Go on by a token, and begin to compute what may follow it."""
+        self._mask.result()
         self._matcher.consume_token(token)
+        self.finished = bool(self._matcher.is_stopped())
         if not self.finished:
             self._mask = self._pool.submit(self._matcher.compute_bitmask)
 

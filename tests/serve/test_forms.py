@@ -311,3 +311,28 @@ def test_a_model_without_an_end_of_text(tmp_path: Path) -> None:
     bare = dataclasses.replace(fake.tokenizer(tmp_path), eos_ids=frozenset())
     with pytest.raises(UserError, match="no token that ends"):
         Grammars(bare, fake.VOCAB).compile(Constraint("regex", "a", "regex"))
+
+
+def test_a_mask_that_takes_long_is_waited_for(engine: Engine) -> None:
+    """While another thread computes it, nothing else asks the library about this sequence."""
+    matcher = engine.grammars.compile(Constraint("regex", "[a-z]{40}", "regex")).begin()
+    inner = matcher._matcher
+    inside = threading.Lock()
+
+    class Alone:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> Any:
+                assert inside.acquire(blocking=False), f"{name} while something else is under way"
+                try:
+                    time.sleep(0.005)
+                    return getattr(inner, name)(*arguments)
+                finally:
+                    inside.release()
+
+            return call
+
+    matcher.allowed()
+    matcher._matcher = Alone()
+    for _ in range(5):
+        matcher.advance(int(np.flatnonzero(matcher.allowed())[0]))
+        assert not matcher.finished

@@ -3,6 +3,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.llmc-ready
+ORACLES := $(VENV)/.llmc-oracles
 # Tiny models are slower with more threads than one; the demo uses every core.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
@@ -25,7 +26,11 @@ demo: $(READY)  ## Train, convert, quantize, build, evaluate and serve a small m
 test: $(READY)  ## The tests that need no real model, no GPU and little time
 	$(TEST) -m "not slow and not real and not gpu"
 
-test-all: $(READY)  ## The slow tests as well
+$(ORACLES): setup.cfg $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[oracles]"
+	@touch $@
+
+test-all: $(READY) $(ORACLES)  ## The slow tests as well
 	$(TEST) -m "not real and not gpu"
 
 test-real: real-model $(READY)  ## The tests on real weights: LLMC_REAL_MODEL=/path/to/model.gguf make test-real

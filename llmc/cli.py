@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": ("generate", "Continue a text with an engine."),
     "serve": ("serve", "Serve an engine over HTTP."),
     "families": ("families", "Print the model families that llmc converts, and what each supports."),
+    "bench": ("bench", "Measure an engine, or a server."),
     "inspect": ("inspect", "Say what a folder is, where it came from, and whether it is whole."),
 }
 

@@ -15,6 +15,7 @@ EXTRA_OF_MODULE = {
     "flask": "serve",
     "gguf": "convert",
     "gunicorn": "serve",
+    "llguidance": "serve",
     "matplotlib": "train",
     "modelopt": "quantize",
     "onnx_ir": "build",

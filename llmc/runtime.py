@@ -64,12 +64,13 @@ class Runner(Protocol):
     @property
     def limits(self) -> Limits: ...
 
-    def claim(self, sequence_id: int, tokens: Tokens) -> int:
+    def claim(self, sequence_id: int, tokens: Tokens, salt: str = "") -> int:
         """Begin a sequence.
 
         Args:
             sequence_id: Any number not in use.
             tokens: int64 [count], its tokens so far.
+            salt: Only what was claimed with the same salt may be reused.
 
         Returns:
             How many of its first tokens are in the cache already; always less than `count`, so that at least one

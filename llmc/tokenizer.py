@@ -18,6 +18,9 @@ import tokenizers
 
 from llmc.errors import CheckpointError
 
+# Characters from which on a text takes long enough for other threads to notice.
+LONG = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
@@ -70,7 +73,10 @@ class Tokenizer:
             add_special_tokens: Add what the tokenizer puts around a whole text, such as a begin-of-text token. False
                 for text from a chat template, which has them already.
         """
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) < LONG:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Other than `encode`, this lets go of Python's lock, which a megabyte would hold for half a second.
+        return list(self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids to text; ids that it does not know are passed over, half a character becomes U+FFFD."""

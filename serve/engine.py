@@ -24,6 +24,7 @@ import numpy as np
 from llmc.errors import DrainingError, EngineError, LlmcError, OverloadedError, UserError
 from llmc.log import logger
 from llmc.runtime import Chunk, Limits, Logits, Runner
+from llmc.serve.grammar import Grammars
 from llmc.serve.handle import Event, Handle
 from llmc.serve.request import Request
 from llmc.serve.sampler import Sampler, TokenLogprobs, logprobs
@@ -65,7 +66,8 @@ class Choice(Sequence):
         self.handle = handle
         self.position = position
         self.ends = ends
-        self.sampler = Sampler(request.sampling, request.prompt, ends, index=index)
+        matcher = None if request.grammar is None else request.grammar.begin()
+        self.sampler = Sampler(request.sampling, request.prompt, ends, index=index, matcher=matcher)
         self.text = text
         self.arrived = time.monotonic()
         self.last_token: float | None = None
@@ -105,6 +107,7 @@ class Engine:
         *,
         step_tokens: int | None = None,
         max_waiting: int = MAX_WAITING,
+        max_waiting_tokens: int | None = None,
         stuck_after: float = 120.0,
     ) -> None:
         """Take over `runner`, which nobody else may use from now on; `start` begins serving.
@@ -112,11 +115,13 @@ class Engine:
         Args:
             step_tokens: Tokens computed in one step, over all sequences.
             max_waiting: Sequences in the queue before requests are refused.
+            max_waiting_tokens: Tokens of all of these before requests are refused.
             stuck_after: Seconds after which a step that has not come back means that the engine is stuck.
         """
         self.limits: Limits = runner.limits
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
+        self.grammars = Grammars(tokenizer, runner.limits.vocab_size)
         self.stats = Stats()
         self.budget = Budget(
             max_sequences=self.limits.max_sequences,
@@ -124,6 +129,7 @@ class Engine:
             cache_tokens=self.limits.cache_tokens,
             step_tokens=step_tokens if step_tokens is not None else max(STEP_TOKENS, self.limits.max_sequences),
             max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens,
         )
         self._runner = runner
         self._scheduler: Scheduler[Choice] = Scheduler(self.budget, self)
@@ -149,7 +155,7 @@ class Engine:
         if choice.request.prompt_logprobs:
             # What is reused has no logits: a claim of one token reuses none.
             wanted = wanted[:1]
-        found = self._runner.claim(choice.id, np.array(wanted, np.int64))
+        found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_salt)
         if not choice.begun:
             choice.begun = True
             choice.handle.cached_tokens += found
@@ -231,6 +237,7 @@ class Engine:
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self.grammars.close()
         if not self._thread.is_alive():
             with self._lock:
                 self._fail(list(self._active), DrainingError("the server is shutting down"))
@@ -295,7 +302,8 @@ class Engine:
         choices: list[Choice] = []
         for request, limit in zip(requests, limits, strict=True):
             sampling = request.sampling
-            own = frozenset() if sampling.ignore_eos else self.tokenizer.eos_ids
+            endless = sampling.ignore_eos and request.grammar is None
+            own = frozenset() if endless else self.tokenizer.eos_ids
             ends = frozenset(each for each in own.union(sampling.stop_token_ids) if each < self.limits.vocab_size)
             for index in range(request.n):
                 text = TextStream(
@@ -379,6 +387,9 @@ class Engine:
         choice = item.sequence
         try:
             event = self._advance(item, logits, now)
+        except UserError as error:
+            self._fail([choice.handle], error)
+            return
         except Exception as error:
             # Whatever is wrong with this request's sampling or text is no matter of the others.
             logger.exception("sampling failed")
@@ -409,7 +420,7 @@ class Engine:
         text = ""
         if reason != "stop" or request.sampling.include_stop_str_in_output:
             text = choice.text.push(token, check=choice.num_output > request.sampling.min_tokens)
-        if choice.text.stopped:
+        if choice.text.stopped or choice.sampler.finished:
             reason = "stop"
         if reason is not None:
             text += choice.text.flush()

@@ -6,11 +6,14 @@ Knows names and ranges of the settings. Does not know tokenizers, models or HTTP
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from llmc.config import Strict
+
+if TYPE_CHECKING:
+    from llmc.serve.grammar import Grammar
 
 # "abort" is vLLM's word for a request that its client gave up; OpenAI's API has none.
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -69,14 +72,18 @@ class Sampling(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
-        BeforeValidator(_ids_from_json),
+        BeforeValidator(_ids_from_json, json_schema_input_type=dict[str, float]),
         Field(max_length=MAX_BIASED_TOKENS),
     ] = {}
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_BIASED_TOKENS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
-    stop: Annotated[list[StopString], BeforeValidator(_one_or_many), Field(max_length=MAX_STOP_STRINGS)] = []
+    stop: Annotated[
+        list[StopString],
+        BeforeValidator(_one_or_many, json_schema_input_type=str | list[str]),
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = []
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASED_TOKENS)] = []
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -94,6 +101,10 @@ class Request:
         max_tokens: Tokens to generate at most; None for as many as there is room for.
         logprobs: How many alternatives to report beside each token's own log-probability; None reports nothing.
         prompt_logprobs: Report the same of the prompt's tokens.
+        priority: Lower is served earlier; those of one priority in the order they came.
+        cache_salt: What is in the cache is shared among requests of the same salt alone, so that nobody learns from
+            the time to the first token what others have asked.
+        grammar: The form that the output is bound to.
     """
 
     prompt: tuple[int, ...]
@@ -102,3 +113,6 @@ class Request:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    grammar: Grammar | None = None

@@ -1,8 +1,8 @@
 """From a row of logits to the next token, one sequence at a time.
 
-The order is that of transformers' logits processors and of vLLM: allowed tokens, minimum length, bias, penalties; then
-temperature, top_k, top_p, min_p; then a draw. Log-probabilities are those of the model itself, before all of it, as
-OpenAI reports them.
+The order is that of transformers' logits processors and of vLLM: allowed tokens, grammar, minimum length, bias,
+penalties; then temperature, top_k, top_p, min_p; then a draw. Log-probabilities are those of the model itself, before
+all of it, as OpenAI reports them.
 
 A vocabulary has 150,000 entries and a step many rows, so nothing here sorts a whole row, and a greedy row without
 penalties costs one argmax.
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmc.errors import EngineError
+from llmc.serve.grammar import Matcher
 from llmc.serve.request import Sampling
 
 Row = npt.NDArray[np.float32]
@@ -50,14 +51,24 @@ class TokenLogprobs:
 class Sampler:
     """Chooses the tokens of one sequence."""
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int], ends: frozenset[int], *, index: int = 0) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Iterable[int],
+        ends: frozenset[int],
+        *,
+        index: int = 0,
+        matcher: Matcher | None = None,
+    ) -> None:
         """Begin a sequence.
 
         Args:
             prompt: Tokens that the repetition penalty counts from the start.
             ends: Tokens that must not come before `min_tokens`.
             index: Which choice of a request this is: each draws its own numbers from the request's seed.
+            matcher: Says which tokens its grammar allows.
         """
+        self._matcher = matcher
         self._sampling = sampling
         self._greedy = sampling.temperature < GREEDY_TEMPERATURE or sampling.top_p == 0 or sampling.top_k == 1
         entropy = None if sampling.seed is None else [sampling.seed % 2**64, index]
@@ -69,7 +80,12 @@ class Sampler:
         self._allowed = None if allowed is None else np.array(sorted(set(allowed)), np.int64)
         self._generated = 0
         self._history = _History(prompt) if _penalizes(sampling) else None
-        self._plain = not (self._history or allowed or sampling.logit_bias or sampling.min_tokens)
+        self._plain = not (self._history or allowed or sampling.logit_bias or sampling.min_tokens or matcher)
+
+    @property
+    def finished(self) -> bool:
+        """The grammar lets nothing follow."""
+        return self._matcher is not None and self._matcher.finished
 
     def sample(self, logits: Row) -> int:
         """Choose a token and remember it.
@@ -79,6 +95,7 @@ class Sampler:
 
         Raises:
             EngineError: There is nothing to choose from, because the logits are not finite.
+            UserError: The grammar has no way on.
         """
         row = logits if self._plain else self._adjusted(logits)
         best = int(row.argmax())
@@ -89,6 +106,8 @@ class Sampler:
         self._generated += 1
         if self._history is not None:
             self._history.add(token)
+        if self._matcher is not None:
+            self._matcher.advance(token)
         return token
 
     def _adjusted(self, logits: Row) -> Row:
@@ -97,12 +116,19 @@ class Sampler:
         if self._allowed is not None:
             row.fill(-np.inf)
             row[self._allowed] = logits[self._allowed]
-        if self._generated < self._sampling.min_tokens:
+        mask = None if self._matcher is None else self._matcher.allowed()
+        if mask is not None:
+            row[~mask] = -np.inf
+        # Where a grammar allows nothing but the end, it ends.
+        if self._generated < self._sampling.min_tokens and not self._only_end(mask):
             row[self._ends] = -np.inf
         row[self._bias_ids] += self._bias
         if self._history is not None:
             self._history.penalize(row, self._sampling)
         return row
+
+    def _only_end(self, mask: npt.NDArray[np.bool_] | None) -> bool:
+        return mask is not None and int(mask.sum()) == int(mask[self._ends].sum())
 
     def _draw(self, row: Row, best: int, random: np.random.Generator) -> int:
         sampling = self._sampling

@@ -5,17 +5,18 @@ decoding sequence's is one, and nothing else tells the two apart. In this order 
 
     1. running sequences that lack one token: they are decoding, and their readers are waiting for the next one,
     2. running sequences that lack more: prompts cut into chunks,
-    3. waiting sequences, first come first served: nobody overtakes the first in the queue.
+    3. waiting sequences, by priority and then first come first served: nobody overtakes the first in the queue.
 
-The cache is never asked to hold more than it can. When the running sequences outgrow it, the youngest gives up its
-place and goes back to the front of the queue with its tokens, to be computed again: the oldest always goes on, so
-every sequence ends.
+The cache is never asked to hold more than it can. When the running sequences outgrow it, the last in that order gives
+up its place and goes back into the queue with its tokens, to be computed again: the first always goes on, so every
+sequence ends, unless more urgent ones never cease to come.
 
 Knows: counts of tokens. Does not know: tokens' values, models, text, threads or time.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Budget:
         cache_tokens: Tokens of all running sequences together.
         step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once.
         max_waiting: Sequences in the queue, when the batch is full.
+        max_waiting_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
+            fits the model.
     """
 
     max_sequences: int
@@ -74,6 +77,7 @@ class Budget:
     cache_tokens: int
     step_tokens: int
     max_waiting: int
+    max_waiting_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.step_tokens < self.max_sequences:
@@ -94,7 +98,7 @@ class Scheduler(Generic[S]):
 
     Attributes:
         waiting: In the order of service.
-        running: In the order of arrival; every one is older than any that waits.
+        running: In the order of service.
         preemptions: How often a sequence gave up its place, so far.
     """
 
@@ -109,6 +113,11 @@ class Scheduler(Generic[S]):
     def held_tokens(self) -> int:
         """Tokens that running sequences have in the cache, or will have after the next step."""
         return sum(len(sequence.tokens) for sequence in self.running)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of all sequences in the queue."""
+        return sum(len(sequence.tokens) for sequence in self.waiting)
 
     def limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The length at which a sequence ends.
@@ -142,7 +151,11 @@ class Scheduler(Generic[S]):
         # A burst on an idle server waits only for the next step, so places in the batch count as well.
         if (taken := len(self.waiting) + len(self.running)) + len(new) > room:
             raise OverloadedError(f"the queue is full ({taken} of {room} sequences): try again later")
-        self.waiting.extend(new)
+        most, queued = self.budget.max_waiting_tokens, self.waiting_tokens
+        if most is not None and queued and queued + sum(len(each.tokens) for each in new) > most:
+            raise OverloadedError(f"the queue is full ({queued} of {most} tokens): try again later")
+        for sequence in new:
+            insort(self.waiting, sequence, key=_rank)
 
     def finish(self, sequence: S, reason: FinishReason) -> None:
         """End a sequence, wherever it is; nothing happens to one that has ended."""
@@ -199,7 +212,7 @@ class Scheduler(Generic[S]):
         sequence.computed = self._cache.claim(sequence)
         self.waiting.popleft()
         sequence.state = State.RUNNING
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_rank)
         return sequence
 
     def _preempt(self, sequence: S) -> None:
@@ -207,8 +220,12 @@ class Scheduler(Generic[S]):
         self._cache.free(sequence)
         sequence.computed = 0
         sequence.state = State.WAITING
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_rank)
         self.preemptions += 1
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
 
 
 def _next_work(sequence: S, most: int) -> Work[S]:

@@ -22,7 +22,7 @@ class Sequence:
     """Choice `index` of a request.
 
     Attributes:
-        id: Grows with arrival, so it is also the order of service.
+        id: Grows with arrival.
         tokens: The prompt and what was generated.
         computed: How many of them are in the runner's cache; it chases `len(tokens)`.
         limit: `len(tokens)` may not grow beyond this.
@@ -41,6 +41,11 @@ class Sequence:
         self.computed = 0
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The order of service: by priority, then by arrival."""
+        return self.request.priority, self.id
 
     @property
     def num_output(self) -> int:

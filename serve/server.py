@@ -3,7 +3,8 @@
     llmc serve ──► gunicorn's master ──fork──► worker: engine thread + one thread a request
 
 The master starts the worker again should it die. On SIGTERM the worker first drains: /ready and new requests answer
-503 while what runs is finished, up to a limit; then it ends, with status 0. SIGINT (Ctrl-C) ends at once.
+503 while what runs is finished, up to a limit; then it ends, with status 0. SIGINT (Ctrl-C) ends at once, and so does
+a second SIGTERM.
 
 A thread is held by each stream, so there are as many as the engine takes sequences, and some for /health: a server
 whose health check waits behind its streams is killed by its supervisor when it is only busy.
@@ -11,6 +12,8 @@ whose health check waits behind its streams is killed by its supervisor when it 
 
 from __future__ import annotations
 
+import itertools
+import signal
 import socket
 import sys
 import threading
@@ -112,6 +115,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
             "logger_class": _Log,
             "control_socket_disable": True,
             "proc_name": "llmc",
+            "when_ready": _abort_on_second_sigterm,
         }
         for name, value in settings.items():
             if name in self.cfg.settings:
@@ -127,6 +131,20 @@ class _Application(BaseApplication):  # type: ignore[misc]
         service.engine.start()
         self.service = service
         return create_app(service)
+
+
+def _abort_on_second_sigterm(master: Any) -> None:
+    """gunicorn's master waits for its worker and looks at no signal meanwhile: so this one is handled at once."""
+    seen = itertools.count()
+    orderly = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: Any) -> None:
+        if next(seen):
+            master.kill_workers(signal.SIGQUIT)
+        elif callable(orderly):
+            orderly(number, frame)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 class _Log(Logger):  # type: ignore[misc]

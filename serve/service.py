@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmc.errors import NotFoundError
+from llmc.errors import NotFoundError, UserError
 from llmc.serve.engine import Engine
+from llmc.serve.grammar import Constraint, Grammar
+from llmc.serve.scheduler import ContextLengthError
 from llmc.tokenizer import Tokenizer
 
 RETRY_SECONDS = 1
@@ -20,25 +23,52 @@ class Service:
     Attributes:
         model: The name by which clients ask for it.
         created: When it was loaded, seconds since 1970.
-        api_key: If given, all routes but /health and /ready want it.
+        api_keys: If given, all routes but /health, /ready and the chat page want one of them.
         allow_origins: Origins of web pages whose scripts may ask this server; none by default.
         max_body: Bytes of a request's body.
         keep_alive: Seconds of silence in a stream after which a comment is sent.
+        strict: Refuse a body with unknown fields; else they are ignored, and named in a header of the answer.
         answers: HTTP answers so far by (route, status), for /metrics.
     """
 
     engine: Engine
     model: str
     created: int
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     max_body: int = 4 << 20
     keep_alive: float = 15.0
+    strict: bool = False
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
+
+    def grammar(self, constraints: Sequence[Constraint]) -> Grammar | None:
+        """The form that an output must have, ready to be followed; see Grammars.compile for what is raised."""
+        return self.engine.grammars.compile(constraints[0]) if constraints else None
+
+    def check_length(self, text: str, param: str) -> None:
+        """Refuse what could not fit whatever its tokens are, before time is spent on tokenizing it.
+
+        Raises:
+            ContextLengthError: With the limit.
+        """
+        longest = self.engine.budget.longest
+        most = longest * self.engine.vocabulary.longest_piece
+        if len(text) > most:
+            raise ContextLengthError(
+                f"This model's maximum context length is {longest} tokens, and {len(text)} characters cannot be fewer: "
+                "shorten the prompt",
+                param=param,
+            )
+
+    def check_tokens(self, ids: Sequence[int], param: str) -> None:
+        """Raise UserError unless the model has all these tokens."""
+        vocab = self.engine.limits.vocab_size
+        if (wrong := next((each for each in ids if not 0 <= each < vocab), None)) is not None:
+            raise UserError(f"{param}: there is no token {wrong} in a vocabulary of {vocab}", param=param)
 
     def check_model(self, name: str | None) -> None:
         """Raise NotFoundError unless `name` is the served model's, or was not given."""

@@ -11,6 +11,7 @@ Knows: the decoders that language models' tokenizers are made with. Does not kno
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -39,6 +40,12 @@ class Vocabulary:
         self._steps = _decoder_steps(tokenizer)
         self._cache: dict[int, str | bytes] = {}
         self._byte_level = [step["type"] for step in self._steps or []] == ["ByteLevel"]
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Characters of text that one token can stand for at most; a normalizer may have joined three to one."""
+        written = max(map(len, self.tokenizer.backend.get_vocab()), default=1)
+        return written * (1 if self.tokenizer.backend.normalizer is None else 3)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh one, for one sequence."""

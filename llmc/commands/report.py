@@ -46,3 +46,35 @@ def evaluation(rows: list[dict[str, Any]]) -> None:
             speed,
         )
     Console().print(table)
+
+
+def offline_bench(rows: list[dict[str, Any]]) -> None:
+    """The table of `llmc bench ENGINE`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for heading in ("what", "sequences", "tokens/s", "ms a step"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row in rows:
+        speed = f"{row['tokens_per_second']:.1f}"
+        table.add_row(row["what"], str(row["batch"]), speed, f"{row['step']:.1f}")
+    Console().print(table)
+
+
+def online_bench(rows: list[dict[str, Any]]) -> None:
+    """The table of `llmc bench --url`; times in milliseconds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="times in ms: p50 / p95 / p99", box=None)
+    table.add_column("load", no_wrap=True)
+    for heading in ("requests", "failed", "tokens/s", "first token", "between tokens", "whole answer"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        load = f"{row['concurrency']} clients" if row["concurrency"] else f"{row['rate']:g} a second"
+        keys = ("time_to_first_token", "inter_token_latency", "request_latency")
+        times = [" / ".join(f"{row[key][each]:.0f}" for each in ("p50", "p95", "p99") if row[key]) for key in keys]
+        speed = f"{row['output_tokens_per_second']:.1f}"
+        table.add_row(load, str(row["requests"]), str(row["failed"]), speed, *times)
+    Console().print(table)

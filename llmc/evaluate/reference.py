@@ -45,7 +45,7 @@ class ReferenceRunner:
     def limits(self) -> Limits:
         return self._limits
 
-    def claim(self, sequence_id: int, tokens: Tokens) -> int:
+    def claim(self, sequence_id: int, tokens: Tokens, salt: str = "") -> int:
         """See Runner. Always 0: nothing is reused."""
         if sequence_id in self._caches:
             raise EngineError(f"sequence {sequence_id} is claimed already")

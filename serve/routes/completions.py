@@ -24,6 +24,7 @@ class _Choice:
         self.text = echo
         self.reason: str | None = None
         self._logprobs = logprobs
+        self._sum, self._count = 0.0, 0
         self._tokens: list[TokenLogprobs | int] = [*prompt[:1]] if echo and logprobs else []
 
     def add(self, event: Event) -> None:
@@ -32,6 +33,13 @@ class _Choice:
         self._tokens += event.prompt_logprobs
         if event.logprobs is not None:
             self._tokens.append(event.logprobs)
+            self._sum += event.logprobs.logprob
+            self._count += 1
+
+    @property
+    def score(self) -> float:
+        """By which the best choices are found: the mean log-probability of a token."""
+        return self._sum / max(self._count, 1)
 
     def logprobs(self) -> dict[str, Any] | None:
         """The lists of what came since the last call."""
@@ -44,16 +52,25 @@ def register(app: Flask, service: Service) -> None:
 
     @app.post("/v1/completions")
     def completions() -> Response:
-        body = read_body(CompletionBody, refused=REFUSED_BY_COMPLETIONS, ignored=IGNORED)
+        body = read_body(
+            CompletionBody,
+            strict=service.strict,
+            refused=REFUSED_BY_COMPLETIONS,
+            ignored=IGNORED | {"parallel_tool_calls"},
+        )
         service.check_model(body.model)
+        for each in body.prompt:
+            if isinstance(each, str):
+                service.check_length(each, "prompt")
         prompts = [each if isinstance(each, list) else completion_ids(service.tokenizer, each) for each in body.prompt]
-        handle = service.engine.submit(*(body.request(ids) for ids in prompts))
+        grammar = service.grammar(body.constraints)
+        handle = service.engine.submit(*(body.request(ids, grammar) for ids in prompts))
         choices = _choices(service, body, prompts)
         if body.stream:
             envelope = Envelope("text_completion", service.model, "cmpl")
             return sse(service, handle, envelope, _encoder(choices, envelope, body.include_usage), body.include_usage)
         try:
-            return jsonify(_answer(service, handle, choices))
+            return jsonify(_answer(service, handle, choices, body))
         except ClientGone:
             return abandoned()
 
@@ -63,19 +80,22 @@ def _choices(service: Service, body: CompletionBody, prompts: list[list[int]]) -
     choices = []
     for given, ids in zip(body.prompt, prompts, strict=True):
         text = given if isinstance(given, str) else service.tokenizer.decode(ids, skip_special_tokens=False)
-        for _ in range(body.n):
+        for _ in range(body.drawn):
             offset = 0 if body.echo else len(text)
             lists = None if body.logprobs is None else TextLogprobs(vocabulary, offset)
             choices.append(_Choice(ids, text if body.echo else "", lists))
     return choices
 
 
-def _answer(service: Service, handle: Handle, choices: list[_Choice]) -> dict[str, Any]:
+def _answer(service: Service, handle: Handle, choices: list[_Choice], body: CompletionBody) -> dict[str, Any]:
     for event in wait(handle, client_gone()):
         choices[event.choice].add(event)
+    groups = [choices[begin : begin + body.drawn] for begin in range(0, len(choices), body.drawn)]
+    if body.drawn > body.n:
+        groups = [sorted(group, key=lambda each: -each.score)[: body.n] for group in groups]
     found = [
         {"index": index, "text": each.text, "logprobs": each.logprobs(), "finish_reason": each.reason}
-        for index, each in enumerate(choices)
+        for index, each in enumerate(each for group in groups for each in group)
     ]
     return Envelope("text_completion", service.model, "cmpl").whole(found, handle)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from llmc.errors import DrainingError, LlmcError, NotFoundError, OverloadedError, UserError
@@ -84,5 +84,5 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def unknown(error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.path, exc_info=error)
+        logger.error("%s %s failed (%s)", request.method, request.path, g.get("request_id"), exc_info=error)
         return _response(_body("the server failed on this request; its log says more", 500), 500)

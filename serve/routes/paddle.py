@@ -59,7 +59,7 @@ class PaddleBody(Strict):
     """
 
     context: Annotated[str, Field(min_length=1)]
-    history: Annotated[list[str], BeforeValidator(_turns)] = []
+    history: Annotated[list[str], BeforeValidator(_turns, json_schema_input_type=str | list[Any])] = []
     max_length: Annotated[int, Field(ge=1, le=2**31)] = 1024
     min_length: Count = 0
     src_length: Annotated[int, Field(ge=1)] | None = None
@@ -84,7 +84,8 @@ def register(app: Flask, service: Service) -> None:
 
     @app.post("/api/chat")
     def paddle_chat() -> Response:
-        body = read_body(PaddleBody, refused={}, ignored=IGNORED)
+        body = read_body(PaddleBody, strict=service.strict, refused={}, ignored=IGNORED)
+        service.check_length(body.context, "context")
         ids = prompt_ids(service.tokenizer, body)
         most = min(body.max_length, service.engine.budget.longest - len(ids))
         handle = service.engine.submit(Request(tuple(ids), body.sampling, most if most > 0 else body.max_length))

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import pydantic_core
-from flask import Response, request
-from pydantic import BaseModel
+from flask import Response, g, request
+from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
 from llmc.config import parse
@@ -38,10 +38,13 @@ class ClientGone(Exception):  # noqa: N818
     """Nobody waits for the answer any more."""
 
 
-def read_body(model: type[Body], *, refused: Mapping[str, Collection[Any]], ignored: Collection[str]) -> Body:
+def read_body(
+    model: type[Body], *, strict: bool, refused: Mapping[str, Collection[Any]], ignored: Collection[str]
+) -> Body:
     """The request's JSON body. A null means the same as an absent field.
 
     Args:
+        strict: Refuse unknown fields; else they are noted in `flask.g.ignored` for a header of the answer.
         refused: Fields of OpenAI's API that would change the answer and are not supported, each with the values that
             ask for nothing.
         ignored: Fields that change nothing in an answer.
@@ -49,6 +52,44 @@ def read_body(model: type[Body], *, refused: Mapping[str, Collection[Any]], igno
     Raises:
         UserError: Saying what is wrong with it, and where.
     """
+    values = {name: value for name, value in _read_object().items() if value is not None and name not in ignored}
+    for name, nothing in refused.items():
+        if name in values and values.pop(name) not in nothing:
+            raise UserError(f"'{name}' is not supported by this server", param=name)
+    if not strict:
+        g.ignored = _drop_unknown(model, values)
+    return parse(model, values, where="request body")
+
+
+def _drop_unknown(model: type[BaseModel], values: dict[str, Any]) -> list[str]:
+    """Take the fields that `model` does not know out of `values`, at any depth; returns their paths."""
+    dropped: list[str] = []
+    while True:
+        try:
+            model.model_validate(values)
+        except ValidationError as error:
+            complaints = error.errors(include_url=False, include_context=False, include_input=False)
+            unknown = [item["loc"] for item in complaints if item["type"] == "extra_forbidden"]
+            found = [".".join(map(str, path)) for path in unknown if _drop(values, path)]
+            if found:
+                dropped += found
+                continue
+        return dropped
+
+
+def _drop(values: Any, path: tuple[int | str, ...]) -> bool:
+    """Delete what pydantic's path leads to; its steps that name one of several possible types lead nowhere."""
+    for part in path[:-1]:
+        if part in (values if isinstance(values, dict) else range(len(values)) if isinstance(values, list) else ()):
+            values = values[part]
+    if not isinstance(values, dict) or path[-1] not in values:
+        return False
+    del values[path[-1]]
+    return True
+
+
+def _read_object() -> dict[str, Any]:
+    """The request's JSON object, as it came."""
     if request.mimetype != "application/json" or request.content_encoding:
         met = request.content_encoding or request.mimetype or "nothing"
         raise MediaTypeError(f"the body must be sent as 'Content-Type: application/json', met {met}")
@@ -69,11 +110,7 @@ def read_body(model: type[Body], *, refused: Mapping[str, Collection[Any]], igno
         raise UserError(f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"the body must be a JSON object, not {_json_type(values)}")
-    values = {name: value for name, value in values.items() if value is not None and name not in ignored}
-    for name, nothing in refused.items():
-        if name in values and values.pop(name) not in nothing:
-            raise UserError(f"'{name}' is not supported by this server", param=name)
-    return parse(model, values, where="request body")
+    return values
 
 
 def _json_type(value: object) -> str:

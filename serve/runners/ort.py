@@ -104,8 +104,8 @@ class OrtRunner:
     def limits(self) -> Limits:
         return self._limits
 
-    def claim(self, sequence_id: int, tokens: npt.NDArray[np.int64]) -> int:
-        return self._table.claim(sequence_id, tokens)
+    def claim(self, sequence_id: int, tokens: npt.NDArray[np.int64], salt: str = "") -> int:
+        return self._table.claim(sequence_id, tokens, salt)
 
     def free(self, sequence_id: int) -> None:
         self._table.free(sequence_id)

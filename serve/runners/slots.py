@@ -45,6 +45,7 @@ class Slot:
         resident: The most tokens it held since its memory was given back.
         sequence_id: Who uses it, None when it only remembers.
         used: When it was last claimed or freed, in calls.
+        salt: Of the sequence that it was last claimed for.
     """
 
     index: int
@@ -53,9 +54,12 @@ class Slot:
     resident: int = 0
     sequence_id: int | None = None
     used: int = 0
+    salt: str = ""
 
-    def shared(self, tokens: Tokens) -> int:
-        """How many of the first tokens are the same."""
+    def shared(self, tokens: Tokens, salt: str) -> int:
+        """How many of the first tokens are the same; none for another salt."""
+        if salt != self.salt:
+            return 0
         count = min(self.length, len(tokens))
         differ = np.flatnonzero(self.tokens[:count] != tokens[:count])
         return int(differ[0]) if len(differ) else count
@@ -87,15 +91,15 @@ class SlotTable:
         except KeyError:
             raise EngineError(f"sequence {sequence_id} was never claimed") from None
 
-    def claim(self, sequence_id: int, tokens: Tokens) -> int:
+    def claim(self, sequence_id: int, tokens: Tokens, salt: str = "") -> int:
         """Give the sequence a slot; returns how many of its tokens are in it already, less than all of them."""
         if sequence_id in self._of_sequence:
             raise EngineError(f"sequence {sequence_id} is claimed already")
         free = [slot for slot in self.slots if slot.sequence_id is None]
         if not free:
             raise EngineError(f"all {self.count} slots of the KV cache are in use")
-        best = max(self.slots, key=lambda slot: slot.shared(tokens))
-        reused = min(best.shared(tokens), len(tokens) - 1)
+        best = max(self.slots, key=lambda slot: slot.shared(tokens, salt))
+        reused = min(best.shared(tokens, salt), len(tokens) - 1)
         if best.sequence_id is None and 2 * reused >= best.length > 0:
             slot = best
         else:
@@ -107,6 +111,7 @@ class SlotTable:
         slot.length = reused
         slot.resident = max(slot.resident, reused)
         slot.sequence_id = sequence_id
+        slot.salt = salt
         self._of_sequence[sequence_id] = slot
         self._touch(slot)
         return reused

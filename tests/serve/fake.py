@@ -90,16 +90,16 @@ class FakeRunner:
         self.most_sequences = 0
         self.most_tokens = 0
         self.batches: list[int] = []
-        self.caches: dict[int, list[int]] = {}
+        self.caches: dict[int, _Cache] = {}
         self.closed = False
-        self._remembered: deque[list[int]] = deque(maxlen=remember)
+        self._remembered: deque[_Cache] = deque(maxlen=remember)
         self._inside = threading.Lock()
 
     @property
     def limits(self) -> Limits:
         return self._limits
 
-    def claim(self, sequence_id: int, tokens: Tokens) -> int:
+    def claim(self, sequence_id: int, tokens: Tokens, salt: str = "") -> int:
         with _alone(self._inside):
             assert not self.closed
             assert sequence_id not in self.caches, f"{sequence_id} is claimed already"
@@ -108,9 +108,10 @@ class FakeRunner:
             assert 1 <= len(tokens) <= self._limits.max_length
             assert len(self.caches) < self._limits.max_sequences, "too many sequences"
             wanted = tokens.tolist()
-            known = [*self._remembered, *self.caches.values()]
+            known = [cache for cache in (*self._remembered, *self.caches.values()) if cache.salt == salt]
             reused = min(max((_shared(wanted, other) for other in known), default=0), len(wanted) - 1)
-            self.caches[sequence_id] = wanted[:reused]
+            self.caches[sequence_id] = _Cache(wanted[:reused])
+            self.caches[sequence_id].salt = salt
             return reused
 
     def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
@@ -126,7 +127,7 @@ class FakeRunner:
             self.batches.append(sum(len(chunk.tokens) for chunk in chunks))
             if number in self.fail_steps:
                 for each in ids:
-                    self.caches[each] = [-1]
+                    self.caches[each] = _Cache([-1])
                 raise EngineError("told to fail")
             rows = [self._compute(chunk) for chunk in chunks]
             held = sum(len(cache) for cache in self.caches.values())
@@ -159,6 +160,12 @@ class FakeRunner:
 
     def close(self) -> None:
         self.closed = True
+
+
+class _Cache(list[int]):
+    """Tokens, and the salt that they were claimed with."""
+
+    salt = ""
 
 
 class _alone:  # noqa: N801

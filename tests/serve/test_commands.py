@@ -75,6 +75,8 @@ MISTAKES = [
     (["generate", "ENGINE", "--prompt", "a " * 200], 2, "maximum context length is 96 tokens"),
     (["generate", "/nowhere", "--prompt", "a"], 4, "llmc build-engine"),
     (["serve", "/nowhere"], 4, "llmc build-engine"),
+    (["serve", "ENGINE", "--api-key-file", "/nowhere"], 2, "cannot read the API keys"),
+    (["serve", "ENGINE", "--api-key-file", "/dev/null"], 2, "has no API key"),
     (["serve", "ENGINE", "--host", "256.0.0.1"], 2, "cannot listen on 256.0.0.1:8000"),
 ]
 

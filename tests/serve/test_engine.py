@@ -247,10 +247,10 @@ def test_a_claim_that_fails_ends_that_request(make_engine: MakeEngine, monkeypat
     engine = make_engine(runner)
     claim = runner.claim
 
-    def broken(sequence_id: int, tokens: np.ndarray) -> int:
+    def broken(sequence_id: int, tokens: np.ndarray, salt: str) -> int:
         if tokens[0] == 99:
             raise EngineError("no room")
-        return claim(sequence_id, tokens)
+        return claim(sequence_id, tokens, salt)
 
     monkeypatch.setattr(runner, "claim", broken)
     with pytest.raises(EngineError, match="no room"):

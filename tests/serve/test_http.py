@@ -24,6 +24,7 @@ from llmc.tokenizer import Tokenizer
 MakeEngine = Callable[..., Engine]
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, PADDLE = "/v1/chat/completions", "/v1/completions", "/api/chat"
+RESPONSES, TOKENIZE, DETOKENIZE = "/v1/responses", "/tokenize", "/detokenize"
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def runner() -> fake.FakeRunner:
 
 @pytest.fixture
 def service(make_engine: MakeEngine, runner: fake.FakeRunner) -> Service:
-    return Service(make_engine(runner, max_waiting=8), "toy", 1234, max_body=100_000)
+    return Service(make_engine(runner, max_waiting=8), "toy", 1234, max_body=100_000, strict=True)
 
 
 @pytest.fixture
@@ -171,6 +172,7 @@ def test_what_an_answer_holds_may_be_sent_back(client: FlaskClient) -> None:
     assert client.post(CHAT, json=body).status_code == 200
 
 
+SCHEMA = "response_format.json_schema.schema"
 GOOD_CHAT: dict[str, Any] = {"messages": HELLO, "max_tokens": 2}
 GOOD_TEXT: dict[str, Any] = {"prompt": "the", "max_tokens": 2}
 
@@ -209,7 +211,22 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (TEXT, {"stream": True, "stream_options": {"other": 1}}, 400, "stream_options.other"),
     (TEXT, {"temprature": 1}, 400, "temprature"),
     (TEXT, {"suffix": "x"}, 400, "suffix"),
-    (TEXT, {"best_of": 3}, 400, "best_of"),
+    *((TEXT, {"best_of": bad}, 400, "best_of") for bad in (0, 129, "2")),
+    (TEXT, {"best_of": 2, "n": 3}, 400, None),
+    (TEXT, {"best_of": 2, "stream": True}, 400, None),
+    *((CHAT, {"priority": bad}, 400, "priority") for bad in (1.5, "1", 2**31)),
+    *((CHAT, {"cache_salt": bad}, 400, "cache_salt") for bad in ("", 5, "a" * 257)),
+    (RESPONSES, {"input": None}, 400, "input"),
+    (RESPONSES, {"input": []}, 400, "input"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input.0.content.str"),
+    (RESPONSES, {"previous_response_id": "resp_1"}, 400, "previous_response_id"),
+    (RESPONSES, {"tools": [{"type": "web_search"}]}, 400, "tools"),
+    (RESPONSES, {"max_output_tokens": 0}, 400, "max_output_tokens"),
+    (TOKENIZE, {"messages": HELLO}, 400, None),
+    (TOKENIZE, {"prompt": None}, 400, None),
+    (DETOKENIZE, {"tokens": [320]}, 400, "tokens"),
+    (DETOKENIZE, {"tokens": [-1]}, 400, "tokens.0"),
+    (DETOKENIZE, {"tokens": "abc"}, 400, "tokens"),
     (TEXT, {"model": "other"}, 404, "model"),
     (TEXT, {"model": 5}, 400, "model"),
     (TEXT, {"prompt": ""}, 400, "prompt"),
@@ -233,10 +250,31 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, {"messages": [{"content": "x"}]}, 400, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "contnt": "y"}]}, 400, "messages.0.contnt"),
     (CHAT, {"messages": [{"role": "user", "content": "x " * 300}]}, 400, "prompt"),
-    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
-    (CHAT, {"tool_choice": "required"}, 400, "tool_choice"),
+    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    (CHAT, {"tools": [{"type": "retrieval"}]}, 400, "tools.0.type"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, 400, "tools"),
+    (CHAT, {"tool_choice": "required"}, 400, None),
+    (TEXT, {"tools": [{"type": "function"}]}, 400, "tools"),
     (CHAT, {"functions": [{}]}, 400, "functions"),
-    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, 400, "response_format"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400, SCHEMA),
+    *(
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}, 400, SCHEMA)
+        for schema in ({"type": "int"}, {"if": {}}, {"$ref": "#"}, {"$ref": "http://x/y"}, {"enum": []})
+    ),
+    (CHAT, {"guided_json": "{"}, 400, "guided_json"),
+    (TEXT, {"guided_regex": "(a"}, 400, "guided_regex"),
+    (TEXT, {"guided_regex": "a" * 70_000}, 400, "guided_regex"),
+    (TEXT, {"guided_choice": []}, 400, "guided_choice"),
+    (TEXT, {"guided_choice": [5]}, 400, "guided_choice.0"),
+    (TEXT, {"guided_grammar": "start: nothing"}, 400, "guided_grammar"),
+    (TEXT, {"guided_grammar": "start: start"}, 400, "guided_grammar"),
+    (TEXT, {"guided_regex": "a", "guided_choice": ["a"]}, 400, None),
+    (RESPONSES, {"text": {"format": {"type": "json_schema"}}}, 400, "text.format"),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, 400, "text.format.schema"),
     (CHAT, {"modalities": ["text", "audio"]}, 400, "modalities"),
     (CHAT, {"reasoning_effort": "high"}, 400, "reasoning_effort"),
     (CHAT, {"chat_template": "{{ 1 }}"}, 400, "chat_template"),
@@ -253,7 +291,15 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (PADDLE, {"src_length": 3}, 400, "src_length"),
     (PADDLE, {"max_length": 0}, 400, "max_length"),
 ]  # fmt: skip
-GOOD = {CHAT: GOOD_CHAT, TEXT: GOOD_TEXT, PADDLE: {"context": "hello", "max_length": 2}}
+GOOD = {
+    CHAT: GOOD_CHAT,
+    TEXT: GOOD_TEXT,
+    PADDLE: {"context": "hello", "max_length": 2},
+    RESPONSES: {"input": "hello", "max_output_tokens": 2},
+    TOKENIZE: {"prompt": "hello"},
+    DETOKENIZE: {"tokens": [5, 6]},
+}
+GENERATING = [CHAT, TEXT, PADDLE, RESPONSES]
 
 # (body, content type, status)
 RAW: list[tuple[bytes, str | None, int]] = [
@@ -310,7 +356,7 @@ def test_bad_fields_are_named(client: FlaskClient) -> None:
         assert client.post(route, json=body).status_code == 200
 
 
-@pytest.mark.parametrize("route", [CHAT, TEXT, PADDLE])
+@pytest.mark.parametrize("route", list(GOOD))
 def test_bad_bodies(client: FlaskClient, route: str) -> None:
     for body, kind, status in RAW:
         check_error(client.post(route, data=body, content_type=kind), status)
@@ -321,7 +367,7 @@ def test_bad_bodies(client: FlaskClient, route: str) -> None:
 
 def test_unknown_routes_and_methods(client: FlaskClient) -> None:
     for path in (
-        "/",
+        "/web",
         "/v1",
         "/v1/",
         "//v1/models",
@@ -410,8 +456,8 @@ def test_overload_and_drain(client: FlaskClient, service: Service, runner: fake.
     assert int(response.headers["Retry-After"]) >= 1
     assert client.get("/ready").status_code == 200
     engine.begin_drain()
-    for route, body in GOOD.items():
-        response = client.post(route, json=body)
+    for route in GENERATING:
+        response = client.post(route, json=GOOD[route])
         assert check_error(response, 503)["code"] == "shutting_down"
         assert int(response.headers["Retry-After"]) >= 1
     assert client.get("/ready").status_code == 503
@@ -457,11 +503,11 @@ def test_silence_is_filled_with_comments(make_engine: MakeEngine) -> None:
     assert events(response)
 
 
-ROUTES = ["/v1/models", "/v1/models/toy", CHAT, TEXT, PADDLE, "/metrics", "/nothing"]
+ROUTES = ["/v1/models", "/v1/models/toy", *GOOD, "/metrics", "/openapi.json", "/nothing"]
 
 
 def test_the_key_protects_every_route_but_two(service: Service) -> None:
-    client = create_app(dataclasses.replace(service, api_key="secret\u00e9")).test_client()
+    client = create_app(dataclasses.replace(service, api_keys=("other", "secret\u00e9"))).test_client()
     for path in ROUTES:
         for header in (None, "Bearer wrong", "Basic secret", "secret", "Bearer", "Bearer \u00fc"):
             response = client.open(path, method="GET", headers={"Authorization": header} if header else {})
@@ -469,7 +515,13 @@ def test_the_key_protects_every_route_but_two(service: Service) -> None:
             assert error["code"] == "invalid_api_key"
     app = create_app(service)
     named = {rule.rule for rule in app.url_map.iter_rules()}
-    assert named == {"/v1/models", "/v1/models/<path:name>", CHAT, TEXT, PADDLE, "/metrics", "/health", "/ready"}
+    open_routes = {"/health", "/ready", "/", "/web/chat.css", "/web/chat.js"}
+    assert named == {*ROUTES, "/v1/models/<path:name>", *open_routes} - {"/nothing", "/v1/models/toy"}
+    for key in ("other", "secret\u00e9"):
+        assert (
+            client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode().decode("latin-1")}).status_code
+            == 200
+        )
     assert client.get("/health").status_code == client.get("/ready").status_code == 200
 
 
@@ -477,7 +529,7 @@ def test_other_origins_are_not_let_in_unless_named(client: FlaskClient, service:
     origin = {"Origin": "https://page.example"}
     assert "Access-Control-Allow-Origin" not in client.get("/v1/models", headers=origin).headers
     open_client = create_app(
-        dataclasses.replace(service, allow_origins=("https://page.example",), api_key="k")
+        dataclasses.replace(service, allow_origins=("https://page.example",), api_keys=("k",))
     ).test_client()
     preflight = open_client.options(CHAT, headers={**origin, "Access-Control-Request-Method": "POST"})
     assert preflight.status_code == 200

@@ -195,7 +195,7 @@ def test_openai_exceptions(server: Server) -> None:
 
 
 def test_openai_with_a_key_and_an_engine_that_fails(start: Callable[..., Server]) -> None:
-    server = start(service={"api_key": "secret"}, runner={"max_sequences": 1}, engine={"max_waiting": 1})
+    server = start(service={"api_keys": ["other", "secret"]}, runner={"max_sequences": 1}, engine={"max_waiting": 1})
     asked: Any = {"model": "toy", "messages": HELLO, "max_tokens": 2}
     with server.openai(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
         client.chat.completions.create(**asked)

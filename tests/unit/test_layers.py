@@ -35,7 +35,7 @@ HEAVY = {
     "torch": {"llmc.model", "llmc.quant", "llmc.evaluate", "llmc.trainers", "llmc.converters.pickled"},
     "transformers": {"llmc.trainers", "llmc.converters.hf_tokenizer", "llmc.evaluate.modules"},
     "accelerate": {"llmc.trainers"},
-    "matplotlib": {"llmc.trainers.curves"},
+    "matplotlib": {"llmc.trainers.curves", "llmc.serve.bench.plot"},
     "safetensors": set[str](),
     "onnx": {"llmc.builders"},
     "onnx_ir": {"llmc.builders"},
@@ -47,6 +47,7 @@ HEAVY = {
     "flask": {"llmc.serve.app", "llmc.serve.routes", "llmc.serve.server"},
     "prometheus_client": {"llmc.serve"},
     "gunicorn": {"llmc.serve"},
+    "llguidance": {"llmc.serve.grammar"},
 }
 
 # These, and all that they import in turn, use the standard library and pydantic alone (the command also click).

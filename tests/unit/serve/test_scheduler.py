@@ -15,6 +15,11 @@ from llmc.serve.sequence import Sequence, State
 NEVER: frozenset[int] = frozenset()
 
 
+def rank(sequence: Sequence) -> tuple[int, int]:
+    """Priority first, then arrival."""
+    return sequence.request.priority, sequence.id
+
+
 def next_token(tokens: list[int]) -> int:
     """A fabricated model: depends on every token so far."""
     return (sum((place + 1) * token for place, token in enumerate(tokens)) * 31 + len(tokens)) % 97
@@ -72,9 +77,19 @@ class Machine(RuleBasedStateMachine):
         cache_tokens=st.integers(2, 60),
         extra=st.integers(0, 12),
         max_waiting=st.integers(1, 8),
+        max_waiting_tokens=st.none() | st.integers(1, 40),
     )
-    def build(self, max_sequences: int, max_length: int, cache_tokens: int, extra: int, max_waiting: int) -> None:
-        self.budget = Budget(max_sequences, max_length, cache_tokens, max_sequences + extra, max_waiting)
+    def build(
+        self,
+        max_sequences: int,
+        max_length: int,
+        cache_tokens: int,
+        extra: int,
+        max_waiting: int,
+        max_waiting_tokens: int | None,
+    ) -> None:
+        step = max_sequences + extra
+        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_waiting, max_waiting_tokens)
         self.cache = Cache()
         self.scheduler: Scheduler[Sequence] = Scheduler(self.budget, self.cache)
         self.everyone: list[Sequence] = []
@@ -85,10 +100,11 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.none() | st.integers(0, 30),
         n=st.integers(1, 3),
         reuse=st.integers(0, 5),
+        priority=st.sampled_from([0, 0, 0, -1, 3]),
     )
-    def arrive(self, prompt: list[int], max_tokens: int | None, n: int, reuse: int) -> None:
+    def arrive(self, prompt: list[int], max_tokens: int | None, n: int, reuse: int, priority: int) -> None:
         self.cache.reuse = reuse
-        request = Request(tuple(prompt), max_tokens=max_tokens, n=n)
+        request = Request(tuple(prompt), max_tokens=max_tokens, n=n, priority=priority)
         longest = min(self.budget.max_length, self.budget.cache_tokens)
         fits = bool(prompt) and len(prompt) + (1 if max_tokens is None else max_tokens) <= longest
         if not fits:
@@ -98,7 +114,9 @@ class Machine(RuleBasedStateMachine):
         limit = self.scheduler.limit(len(prompt), max_tokens)
         new = [Sequence(len(self.everyone) + index, request, limit, index=index) for index in range(n)]
         before = list(self.scheduler.waiting)
-        if len(before) + len(self.scheduler.running) + n > self.budget.max_waiting + self.budget.max_sequences:
+        queued, most = sum(len(each.tokens) for each in before), self.budget.max_waiting_tokens
+        many = len(before) + len(self.scheduler.running) + n > self.budget.max_waiting + self.budget.max_sequences
+        if many or (most is not None and before and queued + n * len(prompt) > most):
             with pytest.raises((OverloadedError, UserError)):
                 self.scheduler.add(new)
             assert list(self.scheduler.waiting) == before
@@ -118,8 +136,13 @@ class Machine(RuleBasedStateMachine):
     @rule(fails=st.integers(0, 9).map(lambda number: number == 0))
     def step(self, fails: bool) -> None:
         decoding = [each for each in self.scheduler.running if len(each.tokens) - each.computed == 1]
+        first = min((each for each in self.everyone if each.state is not State.FINISHED), key=rank, default=None)
+        ran = first is not None and first.state is State.RUNNING
         work = self.scheduler.schedule()
         self.check_plan(work, decoding)
+        if first is not None and ran:
+            assert first.state is State.RUNNING, "the first in order gave up its place"
+            assert first in [item.sequence for item in work], "the first in order got nothing to do"
         if fails:
             for item in work:
                 self.scheduler.finish(item.sequence, "error")
@@ -141,9 +164,9 @@ class Machine(RuleBasedStateMachine):
         for each in planned:
             if each.id not in self.began:
                 self.began.append(each.id)
-        unfinished = [each.id for each in self.everyone if each.state is not State.FINISHED]
-        if unfinished:
-            assert unfinished[0] in {each.id for each in self.scheduler.running}, "the oldest does not run"
+        unfinished = [each for each in self.everyone if each.state is not State.FINISHED]
+        if len({each.request.priority for each in self.everyone}) == 1 and unfinished:
+            assert unfinished[0] in self.scheduler.running, "the oldest does not run"
 
     @invariant()
     def nothing_is_exceeded_or_leaked(self) -> None:
@@ -152,14 +175,18 @@ class Machine(RuleBasedStateMachine):
         assert len(waiting) <= self.budget.max_waiting + self.budget.max_sequences
         assert set(self.cache.held) == {each.id for each in running}
         assert sum(len(held) for held in self.cache.held.values()) <= self.budget.cache_tokens
-        order = [each.id for each in running + waiting]
-        assert order == sorted(order), "served out of order"
+        for each in (running, waiting):
+            assert each == sorted(each, key=rank), "served out of order"
+        if len({each.request.priority for each in self.everyone}) == 1:
+            assert running + waiting == sorted(running + waiting, key=rank), "somebody was overtaken"
         alive = [each.id for each in self.everyone if each.state is not State.FINISHED]
-        assert order == alive, "a sequence was lost"
+        assert sorted(each.id for each in running + waiting) == alive, "a sequence was lost"
 
     @invariant()
     def first_come_first_served(self) -> None:
-        assert self.began == sorted(self.began)
+        for priority in {each.request.priority for each in self.everyone}:
+            began = [number for number in self.began if self.everyone[number].request.priority == priority]
+            assert began == sorted(began)
 
     @invariant()
     def tokens_are_as_alone(self) -> None:
@@ -230,7 +257,7 @@ def test_siblings_wait_for_the_prompt_they_share() -> None:
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
-    scheduler, cache = make(max_sequences=2, cache_tokens=40)
+    scheduler, cache = make(max_sequences=2, cache_tokens=44)
     old, young, last = (sequence(scheduler, number, 4, 30) for number in range(3))
     scheduler.add([old, young, last])
     met = []
@@ -243,6 +270,26 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
     assert scheduler.preemptions >= 1
     assert [1, 2] in met
     assert old.tokens == expected(old)
+
+
+def test_the_urgent_overtake_and_are_the_last_to_give_way() -> None:
+    scheduler, cache = make(max_sequences=2, cache_tokens=44)
+    requests = [Request(tuple(range(4)), max_tokens=30, priority=priority) for priority in (0, 0, 0, -1)]
+    common, second, third, urgent = (Sequence(number, each, 34) for number, each in enumerate(requests))
+    scheduler.add([common])
+    compute(cache, scheduler.schedule())
+    common.append(1, NEVER)
+    scheduler.add([second, third])
+    scheduler.add([urgent])
+    assert list(scheduler.waiting) == [urgent, second, third]
+    while not urgent.finish_reason:
+        for each in compute(cache, scheduler.schedule()):
+            each.append(next_token(each.tokens), NEVER)
+            if len(each.tokens) >= each.limit:
+                scheduler.finish(each, "length")
+    assert scheduler.preemptions >= 1
+    assert scheduler.waiting[0] is common or common in scheduler.running
+    assert second.num_output == third.num_output == 0
 
 
 def test_a_refused_claim_loses_nothing() -> None:

@@ -53,7 +53,7 @@ class Slots(RuleBasedStateMachine):
             with pytest.raises(EngineError, match="in use"):
                 self.table.claim(self.next_id, prompt)
             return -1
-        best = max((slot.shared(prompt) for slot in self.table.slots), default=0)
+        best = max((slot.shared(prompt, "") for slot in self.table.slots), default=0)
         reused = self.table.claim(self.next_id, prompt)
         assert reused == min(best, len(prompt) - 1)
         self.tokens[self.next_id] = prompt[:reused]

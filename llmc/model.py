@@ -196,12 +196,23 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """As `forward`, up to the head: [batch, new, hidden_size]."""
-        past = cache.length if cache else 0
-        x = self.embed(tokens)
-        cos, sin = rope.rotary_table(self.spec, past + tokens.shape[1], context=context)
-        rotation = torch.from_numpy(cos[past:]).to(x), torch.from_numpy(sin[past:]).to(x)
+        x, rotation = self.enter(tokens, cache.length if cache else 0, context)
         for layer in self.layers:
             x = layer(x, rotation, cache)
+        return self.leave(x)
+
+    def enter(self, tokens: Tensor, past: int = 0, context: int | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What goes into the first layer, and the rotation that every layer gets.
+
+        Args:
+            past: Tokens before these.
+        """
+        x = self.embed(tokens)
+        cos, sin = rope.rotary_table(self.spec, past + tokens.shape[1], context=context)
+        return x, (torch.from_numpy(cos[past:]).to(x), torch.from_numpy(sin[past:]).to(x))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What comes out of the last layer, made ready for the head."""
         out: Tensor = self.norm(x)
         return out
 
@@ -231,7 +242,7 @@ def load(checkpoint: Checkpoint) -> Decoder:
     """
     with torch.device("meta"):
         decoder = Decoder(checkpoint.spec)
-    state = {name: _tensor(checkpoint, name) for name in names.tensors(checkpoint.spec)}
+    state = {name: tensor(checkpoint, name) for name in names.tensors(checkpoint.spec)}
     decoder.load_state_dict(state, strict=True, assign=True)
     if checkpoint.recipe and checkpoint.recipe.kv_cache:
         decoder.simulate_kv_cache(
@@ -240,7 +251,8 @@ def load(checkpoint: Checkpoint) -> Decoder:
     return decoder.requires_grad_(False).eval()
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor of the unquantized model in float32; see `load`."""
     module = name.removesuffix(".weight")
     weight_format = checkpoint.recipe.format_of(module) if checkpoint.recipe else None
     if weight_format is None or f"{module}.qweight" not in checkpoint:

@@ -57,6 +57,20 @@ def matrices(spec: ModelSpec) -> list[str]:
     return [name.removesuffix(".weight") for name, shape in tensors(spec).items() if len(shape) == 2]
 
 
+# What stands before the layers, and what behind them.
+FRONT, TAIL = "front", "tail"
+
+
+def parts(spec: ModelSpec) -> dict[str, list[str]]:
+    """What is worked on at a time: "front", "layers.0", ..., "tail" -> names of tensors, in order."""
+    found: dict[str, list[str]] = {FRONT: []}
+    for name in tensors(spec):
+        in_layer = name.startswith("layers.")
+        part = ".".join(name.split(".")[:2]) if in_layer else FRONT if len(found) == 1 else TAIL
+        found.setdefault(part, []).append(name)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class SmoothingGroup:
     """A scale per channel may move from the inputs of `targets` into the output of `source`, and nothing changes.

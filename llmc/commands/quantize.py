@@ -45,7 +45,7 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     What it cost is measured on --text (by default on a part of Python's own documentation and library), printed, and
     written into OUT as report.json and report.png.
     """
-    from llmc.commands import report
+    from llmc.commands import judge, report
     from llmc.commands.progress import shown
     from llmc.config import parse
     from llmc.quant.quantize import NONE, Calibration, quantize
@@ -67,29 +67,10 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
             out,
             parse(QuantRecipe, values, where="quantize"),
             calibration=Calibration(path=choices["calibration"], tokens=choices["calibration_tokens"]),
-            judge=_judge(choices, progress),
+            judge=judge.chosen(choices, progress),
             max_increase=choices["max_ppl_increase"],
             overwrite=overwrite,
             progress=progress,
         )
     report.quantization(out, figures)
     click.echo(f"next: llmc build-engine {out} ENGINE    (or: llmc evaluate {checkpoint} {out} --text FILE)")
-
-
-def _judge(choices: dict[str, Any], progress: Any) -> Any:
-    wanted = choices["text"] or choices["max_ppl_increase"] is not None
-    if choices["no_evaluate"]:
-        if wanted:
-            raise click.UsageError("--no-evaluate contradicts --text and --max-ppl-increase")
-        return None
-    from llmc import sample_text, text
-    from llmc.need import installed, need
-
-    if not wanted and not installed("torch"):
-        return None
-    need("torch")
-    from llmc.evaluate.quality import TextJudge
-
-    content = text.read(choices["text"]) if choices["text"] else sample_text.read("held-out")
-    source = str(choices["text"] or sample_text.describe("held-out"))
-    return TextJudge(content, source, tokens=choices["text_tokens"], progress=progress)

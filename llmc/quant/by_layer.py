@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.layerwise import States, Walker
 from llmc.names import FRONT, TAIL, parts
@@ -71,6 +72,7 @@ class ByLayer:
         self._windows = windows
         self._method = method
         self._parts = {name: part for part, inside in parts(checkpoint.spec).items() for name in inside}
+        self._matrices = names.matrices(checkpoint.spec)
         self._part = ""
         self._found: Found = {}
         self._states = States([])
@@ -93,12 +95,8 @@ class ByLayer:
             return {}
         if name == TAIL:
             return self._head()
-        formats = {}
-        for tensor, part in self._parts.items():
-            matrix, _, kind = tensor.rpartition(".")
-            form = self._recipe.format_of(matrix) if part == name and kind == "weight" else None
-            if form and isinstance(layer.get_submodule(matrix.removeprefix(f"{name}.")), nn.Linear):
-                formats[matrix] = form
+        inside = (matrix for matrix in self._matrices if self._parts[f"{matrix}.weight"] == name)
+        formats = {matrix: form for matrix in inside if (form := self._recipe.format_of(matrix))}
         return self._method.layer(Part(name, self._walker, layer, self._states, formats))
 
     def _head(self) -> Found:

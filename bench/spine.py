@@ -64,7 +64,17 @@ def stages(options: argparse.Namespace, table: Table) -> Path:
         ("convert", [options.model, checkpoint]),
         (
             "quantize",
-            [checkpoint, quantized, "--algo", "rtn", "--bits", options.bits, "--group-size", options.group_size],
+            [
+                checkpoint,
+                quantized,
+                "--algo",
+                "rtn",
+                "--bits",
+                options.bits,
+                "--group-size",
+                options.group_size,
+                "--no-evaluate",
+            ],
         ),
         ("build-engine", [quantized, engine, "--max-length", options.max_length]),
     ):

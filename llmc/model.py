@@ -296,8 +296,18 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(tokens, cache=cache, context=context))
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
-        """As `forward`, up to the head: [batch, new, hidden_size]."""
-        past = cache.length if cache else 0
+        """As `forward`, up to what the head reads: [batch, new, hidden_size (or embedding_size)]."""
+        x, rotations = self.enter(tokens, cache.length if cache else 0, context)
+        for layer, rotation in zip(self.layers, rotations, strict=True):
+            x = layer(x, rotation, cache)
+        return self.leave(x)
+
+    def enter(self, tokens: Tensor, past: int = 0, context: int | None = None) -> tuple[Tensor, list[Rotation]]:
+        """What goes into the first layer, and the rotation of each layer.
+
+        Args:
+            past: Tokens before these.
+        """
         length = past + tokens.shape[1]
         x = self.embed(tokens) * self.spec.embedding_scale
         if self.embed_in is not None:
@@ -307,10 +317,12 @@ class Decoder(nn.Module):
         if isinstance(self.spec.position, Learned):
             offset = self.spec.position.offset
             x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))
-        for layer, rotation in zip(self.layers, self._rotations(past, length, context, like=x), strict=True):
-            x = layer(x, rotation, cache)
+        return x, self._rotations(past, length, context, like=x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What comes out of the last layer, made ready for the head."""
         out: Tensor = x if self.norm is None else self.norm(x)
-        return out
+        return out if self.embed_out is None else self.embed_out(out)
 
     def _rotations(self, past: int, length: int, context: int | None, *, like: Tensor) -> list[Rotation]:
         """Of each layer; they share what is the same."""
@@ -324,9 +336,7 @@ class Decoder(nn.Module):
         return [made[one] for one in ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: [..., hidden_size] -> float32 [..., vocab_size]."""
-        if self.embed_out is not None:
-            hidden = self.embed_out(hidden)
+        """The head: [..., hidden_size (or embedding_size)] -> float32 [..., vocab_size]."""
         weight = self.embed.weight if self.head is None else self.head.weight
         if self.spec.normalised_head:
             weight = functional.normalize(weight)
@@ -353,7 +363,7 @@ def load(checkpoint: Checkpoint) -> Decoder:
     """
     with torch.device("meta"):
         decoder = Decoder(checkpoint.spec)
-    state = {name: _tensor(checkpoint, name) for name in names.tensors(checkpoint.spec)}
+    state = {name: tensor(checkpoint, name) for name in names.tensors(checkpoint.spec)}
     decoder.load_state_dict(state, strict=True, assign=True)
     if checkpoint.recipe and checkpoint.recipe.kv_cache:
         decoder.simulate_kv_cache(
@@ -362,7 +372,8 @@ def load(checkpoint: Checkpoint) -> Decoder:
     return decoder.requires_grad_(False).eval()
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor of the unquantized model in float32; see `load`."""
     module = name.removesuffix(".weight")
     weight_format = checkpoint.recipe.format_of(module) if checkpoint.recipe else None
     if weight_format is None or f"{module}.qweight" not in checkpoint:

@@ -132,6 +132,21 @@ def is_matrix(name: str, shape: Shape) -> bool:
     return len(shape) == 2 and name != "positions.weight" and not name.endswith(("moe.router.weight", "_gate.weight"))
 
 
+# What stands before the layers, and what behind them.
+FRONT, TAIL = "front", "tail"
+
+
+def parts(spec: ModelSpec) -> dict[str, list[str]]:
+    """What is worked on at a time: "front", "layers.0", ..., "tail" -> names of tensors, in order."""
+    found: dict[str, list[str]] = {FRONT: []}
+    for name in tensors(spec):
+        in_layer = name.startswith("layers.")
+        part = ".".join(name.split(".")[:2]) if in_layer else FRONT if len(found) == 1 else TAIL
+        found.setdefault(part, []).append(name)
+    found.setdefault(TAIL, [])
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class SmoothingGroup:
     """A scale per channel may move from the inputs of `targets` into the output of `source`, and nothing changes.

@@ -6,6 +6,7 @@ The table below says which extra of setup.cfg brings which module; a test compar
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from llmc.errors import MissingDependencyError
@@ -44,3 +45,11 @@ def need(module: str) -> ModuleType:
             f"this needs the package that provides '{top}', which is not installed here: "
             f'pip install "llmc-toolkit[{extra}]"'
         ) from None
+
+
+def installed(module: str) -> bool:
+    """Whether `need(module)` would find the package; nothing is imported."""
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    except ModuleNotFoundError:
+        return False

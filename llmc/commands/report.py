@@ -78,3 +78,43 @@ def online_bench(rows: list[dict[str, Any]]) -> None:
         speed = f"{row['output_tokens_per_second']:.1f}"
         table.add_row(load, str(row["requests"]), str(row["failed"]), speed, *times)
     Console().print(table)
+
+
+def quantization(out: Path, figures: Any) -> None:
+    """The table of `llmc quantize`, from what llmc.quant.quantize gave."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{out}: {folder_size(out)}", box=None, show_header=False, title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("figures", overflow="fold")
+    share = figures.bytes_after / figures.bytes_before
+    table.add_row("tensors", f"{human(figures.bytes_before)} -> {human(figures.bytes_after)} ({share:.0%})")
+    if figures.errors:
+        table.add_row("matrices", f"{_formats(figures)}; kept {len(figures.kept)}")
+        worst = sorted(figures.errors, key=lambda name: -figures.errors[name])[:3]
+        table.add_row("error", f"{figures.mean_error:.2%} on average, of {figures.error_kind}")
+        table.add_row("worst", ", ".join(f"{name} {figures.errors[name]:.2%}" for name in worst))
+    if figures.recipe.kv_cache:
+        table.add_row("KV cache", f"{figures.recipe.kv_cache.kind}, a scale for each channel")
+    if figures.calibrated_on:
+        table.add_row("calibrated on", figures.calibrated_on)
+    if figures.verdict:
+        found = figures.verdict
+        table.add_row("judged on", f"{found.source}, {found.tokens} predicted tokens")
+        table.add_row("perplexity", f"{found.original:.3f} -> {found.result:.3f} ({found.increase:+.2%})")
+        table.add_row("KL, top-1", f"{found.kl:.4f} nats, {found.top1:.1%} the same first choice")
+    else:
+        table.add_row("perplexity", "not measured")
+    table.add_row("took", f"{figures.seconds:.1f} s, {human(figures.peak_bytes)} at most")
+    Console().print(table)
+
+
+def _formats(figures: Any) -> str:
+    """How many matrices have which format."""
+    counts: dict[str, int] = {}
+    for name in figures.errors:
+        form = figures.recipe.format_of(name)
+        text = f"in {form.bits} bits, groups of {form.group_size}" + ("" if form.symmetric else " with zero points")
+        counts[text] = counts.get(text, 0) + 1
+    return ", ".join(f"{count} {text}" for text, count in counts.items())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from llmc.checkpoint import Checkpoint
+from llmc.config import Strict
 from llmc.errors import UserError
 from llmc.quant.pack import Packed
 from llmc.recipe import QuantRecipe, WeightFormat
@@ -17,7 +18,7 @@ from llmc.runtime import Tokens
 from llmc.tensors import Array
 
 # name -> module under llmc.quant
-ALGORITHMS = {"rtn": "rtn"}
+ALGORITHMS = {"rtn": "rtn", "gptq": "gptq", "awq": "awq"}
 
 # (canonical name, values, format) -> Packed where there is a format, else the values to keep. Called once for each
 # tensor of the model, in canonical order.
@@ -29,9 +30,11 @@ class Algorithm(Protocol):
 
     Attributes:
         CALIBRATES: It needs text.
+        Options: What `QuantRecipe.options` may hold.
     """
 
     CALIBRATES: bool
+    Options: type[Strict]
 
     def prepare(self, checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens]) -> Transform:
         """Find out what there is to know before the first tensor is transformed.

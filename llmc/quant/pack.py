@@ -41,11 +41,13 @@ class Packed:
         qweight: uint8 [out, groups * group_size * bits / 8].
         scale: float32 [out, groups].
         zero: uint8 [out, ceil(groups * bits / 8)], None when symmetric.
+        error: |X W^T - X W'^T| / |X W^T| on the calibration text X, where the algorithm knows it. Not stored.
     """
 
     qweight: Bytes
     scale: Floats
     zero: Bytes | None = None
+    error: float | None = None
 
     def pieces(self, module: str) -> Iterator[tuple[str, Array]]:
         """The tensors under their canonical names."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmc.config import Strict
 from llmc.quant.algorithm import Transform
 from llmc.quant.pack import Bytes, Floats, Packed, over_rows, pack_codes
 from llmc.recipe import WeightFormat
 from llmc.tensors import Array
 
 CALIBRATES = False
+
+
+class Options(Strict):
+    """There is nothing to choose."""
+
 
 # A group narrower than this counts as zero: the inverse of its scale would overflow.
 _NARROWEST = np.float32(1e-30)

@@ -43,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     llmc("convert", os.environ["LLMC_REAL_MODEL"], folder / "checkpoint")
     llmc("export", folder / "checkpoint", folder / "exported", "--format", "hf")
-    quantize = ("--algo", "rtn", "--bits", 4, "--group-size", 32)
+    quantize = ("--algo", "rtn", "--bits", 4, "--group-size", 32, "--no-evaluate")
     llmc("quantize", folder / "checkpoint", folder / "quantized", *quantize)
     llmc("build-engine", folder / "checkpoint", folder / "fp32")
     llmc("build-engine", folder / "quantized", folder / "int4")

@@ -22,8 +22,9 @@ LAYERS: list[set[str]] = [
     {"llmc.recipe"},
     {"llmc.checkpoint", "llmc.quant.pack"},
     {"llmc.tokenizer"},
-    {"llmc.text", "llmc.prompt"},
+    {"llmc.text", "llmc.sample_text", "llmc.prompt"},
     {"llmc.model"},
+    {"llmc.layerwise"},
     {"llmc.quant", "llmc.evaluate"},
     {"llmc.converters", "llmc.builders", "llmc.trainers", "llmc.serve"},
     {"llmc.commands"},
@@ -32,10 +33,17 @@ LAYERS: list[set[str]] = [
 
 # Packages that are large, optional or slow to import, and the only places that may name them.
 HEAVY = {
-    "torch": {"llmc.model", "llmc.quant", "llmc.evaluate", "llmc.trainers", "llmc.converters.pickled"},
+    "torch": {
+        "llmc.model",
+        "llmc.layerwise",
+        "llmc.quant",
+        "llmc.evaluate",
+        "llmc.trainers",
+        "llmc.converters.pickled",
+    },
     "transformers": {"llmc.trainers", "llmc.converters.hf_tokenizer", "llmc.evaluate.modules"},
     "accelerate": {"llmc.trainers"},
-    "matplotlib": {"llmc.trainers.curves", "llmc.serve.bench.plot"},
+    "matplotlib": {"llmc.trainers.curves", "llmc.serve.bench.plot", "llmc.quant.picture"},
     "safetensors": set[str](),
     "onnx": {"llmc.builders"},
     "onnx_ir": {"llmc.builders"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_default_is_int4(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = run(capsys, tiny_checkpoint("llama"), tmp_path / "q")
+    source = tiny_checkpoint("llama")
+    capsys.readouterr()  # transformers' own words, when the model was made just now
+    status, out, err = run(capsys, source, tmp_path / "q")
     assert (status, err) == (0, "")
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
@@ -48,16 +51,52 @@ def test_every_option(
     assert recipe.keep == ("embed", "*.down")
     assert recipe.kv_cache == KVCacheFormat()
     assert "kept 3" in out
-    assert "KV cache   int8" in out
+    assert re.search(r"KV cache +int8", out)
+    assert re.search(r"perplexity +[0-9.]+ -> [0-9.]+ \([+-]", out)
+
+
+def test_a_gate_that_cannot_be_met_is_exit_3(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmc.evaluate.quality.Quality.increase", property(lambda _: 0.5))
+    status, out, err = run(
+        capsys, tiny_checkpoint("llama"), tmp_path / "q", "--text-tokens", 100, "--max-ppl-increase", "1.5%"
+    )
+    assert (status, out) == (3, "")
+    assert "perplexity rises by 50.00% with 8 bits everywhere, 1.50% is allowed: nothing was written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_reach_the_recipe(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--algo gptq --option act_order=false --option damping=0.05 --override head=8 --no-evaluate"
+    status, out, _ = run(capsys, tiny_checkpoint("llama"), tmp_path / "q", *options.split())
+    assert status == 0
+    recipe = Checkpoint(tmp_path / "q").recipe
+    assert recipe is not None
+    assert recipe.options == {"act_order": False, "damping": 0.05, "search": True}
+    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32)}
+    assert "15 in 4 bits, groups of 32, 1 in 8 bits" in out
+    assert re.search(r"perplexity +not measured", out)
+    assert "calibration half" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kv-cache", "int8"], "pass --calibration FILE"),
+        (["--option", "act_order"], "'act_order' is not of the form NAME=VALUE"),
+        (["--algo", "gptq", "--option", "damping=7"], "'damping'"),
+        (["--override", "head=5"], "'overrides.head.bits'"),
+        (["--max-ppl-increase", "some"], "'some' is not a percentage"),
+        (["--max-ppl-increase", "-1"], "not zero or more"),
+        (["--no-evaluate", "--max-ppl-increase", "1"], "contradicts"),
         (["--calibration", "text.txt"], "nothing in this recipe is calibrated"),
         (["--keep", "hea"], "did you mean 'head'?"),
-        (["--algo", "magic"], "there is no algorithm 'magic'; there are rtn"),
+        (["--algo", "magic"], "there is no algorithm 'magic'; there are rtn, gptq, awq"),
         (["--algo", "none"], "nothing is quantized"),
         (["--bits", "5"], "'5' is not one of '4', '8'"),
     ],

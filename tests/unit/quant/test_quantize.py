@@ -148,9 +148,15 @@ def test_values_stay_in_the_source_type(
         ({"keep": ("heads",)}, "no matrix fits 'heads' \\(did you mean 'head'\\?\\)"),
         ({"keep": ("layers.7.*",)}, "no matrix fits 'layers.7.\\*'.*There are embed, layers.\\*.attn.q"),
         ({"keep": ("*",)}, "nothing is left to quantize"),
-        ({"algorithm": "best"}, "there is no algorithm 'best'; there are rtn"),
+        ({"algorithm": "best"}, "there is no algorithm 'best'; there are rtn, gptq, awq"),
         ({"algorithm": "none"}, "--algo none"),
-        ({"kv_cache": KVCacheFormat()}, "pass --calibration FILE"),
+        (
+            {"algorithm": "gptq", "options": {"act_oder": True}},
+            "options of gptq: unknown field 'act_oder'.*'act_order'",
+        ),
+        ({"algorithm": "gptq", "options": {"damping": 0.0}}, "options of gptq: 'damping'"),
+        ({"algorithm": "awq", "options": {"steps": 0}}, "options of awq: 'steps'"),
+        ({"options": {"act_order": True}}, "options of rtn: unknown field 'act_order'"),
     ],
     ids=lambda value: "",
 )
@@ -219,8 +225,9 @@ def test_table_of_algorithms_is_the_folder() -> None:
         found = algorithm.algorithm(name)
         assert isinstance(found.CALIBRATES, bool)
         assert callable(found.prepare)
+        found.Options()
         seen += 1
-    assert seen == len(algorithm.ALGORITHMS) >= 1
+    assert seen == len(algorithm.ALGORITHMS) >= 3
 
 
 def test_quantizing_needs_no_torch() -> None:

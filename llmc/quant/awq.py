@@ -1,0 +1,222 @@
+"""AWQ (Lin et al. 2023): channels that the text uses most are scaled up before rounding, and so lose least of it.
+
+    for each smoothing group:   s = mean|x|^a / mean(|w| / max of its group)^b
+                                a of a grid, b 0 or 1 - a, s over the geometric middle of its extremes;
+                                the s with the least |X W^T - Q(W s) (X / s)|^2, summed over the group's linears
+    then:                       fold s into the norm or the linear before (smoothing.py), clip (scales.py), round
+
+b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's awq_lite and of AutoAWQ. The channels' means are over
+all of the calibration text, the outputs that are compared over some hundred tokens spread evenly over it, and both as
+the unquantized model computes them, as in the authors' code. q and k are not clipped, as there: attention notices.
+The embedding is rounded to nearest; the head has no norm of its own to fold into and is clipped only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import ml_dtypes
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from llmc import names
+from llmc.checkpoint import Checkpoint
+from llmc.config import Strict
+from llmc.layerwise import States
+from llmc.names import SmoothingGroup
+from llmc.quant import scales, smoothing
+from llmc.quant.algorithm import Transform
+from llmc.quant.by_layer import ByLayer, Found, Part
+from llmc.quant.gram import grouped, values_of
+from llmc.quant.pack import Packed
+from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.runtime import Tokens
+
+CALIBRATES = True
+
+_SMALLEST = 1e-4  # of a scale before it is divided by its middle: a dead channel must not win everything
+_NOT_CLIPPED = (".attn.q", ".attn.k")
+_DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
+
+
+class Options(Strict):
+    """What may be chosen.
+
+    Attributes:
+        steps: Of the grid of a, from 0 to 1.
+        clip: Search ranges, too.
+        rows: Tokens whose outputs are compared.
+    """
+
+    steps: PositiveInt = 10
+    clip: bool = True
+    rows: PositiveInt = 512
+
+
+def prepare(checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens]) -> Transform:
+    """See llmc/quant/algorithm.py."""
+    options = Options(**recipe.options)
+    every = -(-sum(map(len, windows)) // options.rows)
+    return ByLayer(checkpoint, recipe, windows, Awq(checkpoint, options, every))
+
+
+class Inputs:
+    """What is remembered of the inputs of linears.
+
+    Attributes:
+        rows: Each `every`th row, [some, in].
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Add inputs [rows, in]."""
+        self._sums[name] = self._sums.get(name, torch.zeros(x.shape[1])) + x.abs().sum(0)
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+        self._rows.setdefault(name, []).append(x[:: self._every].clone())
+
+    def rows(self, name: str) -> Tensor:
+        return torch.cat(self._rows[name])
+
+    def mean(self, wanted: Sequence[str]) -> Tensor:
+        """Mean magnitude of each channel over the inputs of several linears."""
+        total: Tensor = torch.stack([self._sums[name] for name in wanted]).sum(0)
+        return total / sum(self._counts[name] for name in wanted)
+
+
+class Awq:
+    """A Method of llmc/quant/by_layer.py.
+
+    Args:
+        every: Of how many tokens one has its outputs compared.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: Options, every: int) -> None:
+        self.options = options
+        self._every = every
+        self._infos = checkpoint.infos
+        self._heads = checkpoint.spec.attention.num_kv_heads
+        self._groups: dict[str, list[SmoothingGroup]] = {}
+        for group in names.smoothing_groups(checkpoint.spec):
+            self._groups.setdefault(".".join(group.source.split(".")[:2]), []).append(group)
+
+    def layer(self, part: Part) -> Found:
+        """See Method."""
+        inputs = Inputs(self._every)
+        watched = dict.fromkeys(
+            [*part.formats, *(target for group in self._groups.get(part.name, []) for target in group.targets)]
+        )
+        leaders = part.walker.observe(part.name, part.layer, part.states, watched, inputs.see)
+        values = {f"{part.name}.{name}": x for name, x in part.layer.state_dict().items()}
+        factors: dict[str, Tensor] = {}
+        for group in self._groups.get(part.name, []):
+            # Without a rounded target there is nothing to gain; without inputs nothing to go by.
+            if any(target in part.formats for target in group.targets) and set(group.targets) & set(leaders):
+                scale = self._search(part, group, leaders, inputs)
+                wide = smoothing.fold(values, group, scale, heads=self._heads)
+                factors.update(dict.fromkeys(group.targets, wide))
+        part.walker.advance(part.layer, part.states)
+        return dict(self._rounded(part, values, factors, leaders, inputs))
+
+    def _search(self, part: Part, group: SmoothingGroup, leaders: dict[str, str], inputs: Inputs) -> Tensor:
+        """The best scale over the source's channels."""
+        met = [target for target in group.targets if target in leaders]
+        rounded = [target for target in met if target in part.formats]
+        magnitude = inputs.mean(list(dict.fromkeys(leaders[target] for target in met)))
+        magnitude = smoothing.gather(magnitude, group.repeat, self._heads)
+        share = torch.cat([shares(part.weight(target), part.formats[target]) for target in rounded]).mean(0)
+        share = smoothing.gather(share, group.repeat, self._heads)
+        rows = {leader: inputs.rows(leader) for leader in {leaders[target] for target in rounded}}
+
+        def loss(scale: Tensor) -> float:
+            wide = smoothing.spread(scale, group.repeat, self._heads)
+            total = 0.0
+            for target in rounded:
+                weight, form = part.weight(target), part.formats[target]
+                lost = nearest(weight * wide, form).div_(wide).sub_(weight)
+                total += float((rows[leaders[target]] @ lost.T).square().sum())
+            return total
+
+        found = [self._usable(group, part, scale) for scale in candidates(magnitude, share, self.options.steps)]
+        return min(found, key=loss)
+
+    def _usable(self, group: SmoothingGroup, part: Part, scale: Tensor) -> Tensor:
+        info = self._infos[f"{group.source}.weight"]
+        source = part.weight(group.source)
+        if source.dim() == 2 or info.dtype not in _DTYPES:
+            return scale
+        return smoothing.representable(scale, source, _DTYPES[info.dtype])
+
+    def _rounded(
+        self,
+        part: Part,
+        values: dict[str, Tensor],
+        factors: dict[str, Tensor],
+        leaders: dict[str, str],
+        inputs: Inputs,
+    ) -> Iterator[tuple[str, Packed | np.ndarray]]:
+        for name, x in values.items():
+            matrix = name.removesuffix(".weight")
+            form = part.formats.get(matrix)
+            if form is None:
+                yield name, x.numpy().astype(self._infos[name].dtype)
+                continue
+            # An expert that met no token is judged by inputs that are all alike, and not clipped.
+            rows = inputs.rows(leaders[matrix]) if matrix in leaders else torch.eye(x.shape[1])
+            clip = self.options.clip and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
+            yield name, rounded(x, rows / factors.get(matrix, torch.ones(1)), form, clip=clip)
+
+    def head(self, matrix: str, weight: Tensor, states: Sequence[Tensor] | States, form: WeightFormat) -> Packed:
+        """See Method."""
+        inputs = Inputs(self._every)
+        for state in states:
+            inputs.see(matrix, state.flatten(0, -2))
+        return rounded(weight, inputs.rows(matrix), form, clip=self.options.clip)
+
+
+def shares(weight: Tensor, form: WeightFormat) -> Tensor:
+    """Each weight's magnitude as a share of the largest of its group: [out, in]."""
+    groups = grouped(weight.abs(), form.group_size)
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-30)).flatten(1)[:, : weight.shape[1]]
+
+
+def candidates(magnitude: Tensor, share: Tensor, steps: int) -> Iterator[Tensor]:
+    """Scales to try, each over the geometric middle of its extremes; the first changes nothing.
+
+    Args:
+        magnitude: Mean |x| of each channel.
+        share: Mean of `shares` of each channel.
+    """
+    yield torch.ones_like(magnitude)
+    for step in range(steps + 1):
+        a = step / steps
+        for b in {0.0, 1 - a}:
+            if a or b:
+                scale = (magnitude.pow(a) / share.pow(b).clamp(min=1e-30)).clamp(_SMALLEST, 1 / _SMALLEST)
+                yield scale / (scale.amax() * scale.amin()).sqrt()
+
+
+def nearest(weight: Tensor, form: WeightFormat) -> Tensor:
+    """A matrix rounded to nearest, as values."""
+    groups = grouped(weight, form.group_size)
+    return scales.from_extremes(groups, form).rounded(groups).flatten(1)[:, : weight.shape[1]]
+
+
+def rounded(weight: Tensor, rows: Tensor, form: WeightFormat, *, clip: bool) -> Packed:
+    """Quantize a matrix that reads `rows` [some, in]."""
+    groups = grouped(weight, form.group_size)
+    if clip:
+        by_group = grouped(rows, form.group_size).transpose(0, 1)
+        grid = scales.searched(groups, form, by_group.transpose(1, 2) @ by_group)
+    else:
+        grid = scales.from_extremes(groups, form)
+    result = scales.packed(grid.codes(groups).flatten(1), grid, form)
+    lost, whole = values_of(result, form, weight.shape[1]).sub_(weight), float((rows @ weight.T).square().sum())
+    error = (float((rows @ lost.T).square().sum()) / whole) ** 0.5 if whole else 0.0
+    return Packed(result.qweight, result.scale, result.zero, error)

@@ -1,0 +1,214 @@
+"""GPTQ (Frantar et al. 2022): columns are rounded one after another, and what each loses the rest make up for.
+
+    H = X^T X + damping * mean(diag) * 1             H^-1 = U^T U, U upper triangular
+    for column i:   e = (w_i - round(w_i)) / U_ii    w_j -= e U_ij for all j > i
+
+in blocks, so that columns beyond a block are updated once, by a product of matrices (their section 3.3). U comes from
+one Cholesky factorisation of H with rows and columns reversed and one triangular inverse: H = R R^T with R upper
+triangular, so H^-1 = R^-T R^-1.
+
+Layers see the text as the quantized layers before them pass it on. Groups take their scales from the columns as they
+are when the group's turn comes; with `act_order`, where columns come by their size in the text and a group's are
+scattered, from the original ones. The embedding is rounded to nearest: it has no inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from llmc.checkpoint import Checkpoint
+from llmc.config import Strict
+from llmc.layerwise import States, replace
+from llmc.quant import scales
+from llmc.quant.algorithm import Transform
+from llmc.quant.by_layer import ByLayer, Found, Part
+from llmc.quant.gram import Grams, diagonal_blocks, energy, grouped, values_of
+from llmc.quant.pack import Packed
+from llmc.quant.scales import Grid
+from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.runtime import Tokens
+
+CALIBRATES = True
+
+# Columns worked on together; a multiple or a divisor of every group size.
+_BLOCK = 128
+
+# Rows worked on together.
+_ROWS = 8192
+
+
+class Options(Strict):
+    """What may be chosen.
+
+    Attributes:
+        damping: Added to the diagonal, as a share of its mean.
+        act_order: Columns with the largest inputs first.
+        search: Search each group's scale for the least error, instead of taking it from the extremes.
+    """
+
+    damping: Annotated[PositiveFloat, Field(le=1)] = 0.01
+    act_order: bool = True
+    search: bool = True
+
+
+def prepare(checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens]) -> Transform:
+    """See llmc/quant/algorithm.py."""
+    return ByLayer(checkpoint, recipe, windows, Gptq(Options(**recipe.options)))
+
+
+class Gptq:
+    """A Method of llmc/quant/by_layer.py."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def layer(self, part: Part) -> Found:
+        """See Method."""
+        grams = Grams()
+        leaders = part.walker.observe(part.name, part.layer, part.states, part.formats, grams.see)
+        found: Found = {}
+        for matrix, form in part.formats.items():
+            # An expert that met no token has nothing to go by: it is rounded to nearest.
+            if matrix in leaders:
+                found[f"{matrix}.weight"] = solve(part.weight(matrix), grams.sums[leaders[matrix]], form, self.options)
+        values = {
+            name: values_of(packed, part.formats[name.removesuffix(".weight")], part.weight(name[:-7]).shape[1])
+            for name, packed in found.items()
+            if isinstance(packed, Packed)
+        }
+        replace(part.layer, part.name, values)
+        part.walker.advance(part.layer, part.states)
+        return found
+
+    def head(self, matrix: str, weight: Tensor, states: Sequence[Tensor] | States, form: WeightFormat) -> Packed:
+        """See Method."""
+        grams = Grams()
+        for state in states:
+            grams.see(matrix, state.flatten(0, -2))
+        return solve(weight, grams.sums[matrix], form, self.options)
+
+
+def solve(weight: Tensor, gram: Tensor, form: WeightFormat, options: Options) -> Packed:
+    """Quantize a matrix, some thousand rows at a time: what a row loses is made up for in the same row.
+
+    Args:
+        weight: float32 [out, in].
+        gram: float32 [in, in], of its inputs.
+    """
+    solver = _Solver(gram, form, options)
+    pieces, losses = zip(*(solver.rows(rows) for rows in torch.split(weight, _ROWS)), strict=True)
+    zeros = [piece.zero for piece in pieces if piece.zero is not None]
+    whole = energy(weight, gram)
+    return Packed(
+        np.concatenate([piece.qweight for piece in pieces]),
+        np.concatenate([piece.scale for piece in pieces]),
+        np.concatenate(zeros) if zeros else None,
+        error=math.sqrt(max(sum(losses), 0.0) / whole) if whole > 0 else 0.0,
+    )
+
+
+class _Solver:
+    """What all rows of a matrix share."""
+
+    def __init__(self, gram: Tensor, form: WeightFormat, options: Options) -> None:
+        self.form, self.act_order = form, options.act_order
+        importance = gram.diagonal()
+        self.never = importance == 0
+        self.order = torch.arange(len(gram))
+        if self.act_order:
+            self.order = importance.argsort(descending=True, stable=True)
+        damped = dampen(gram[self.order][:, self.order], options.damping)
+        self.added = float((damped.diagonal() - importance[self.order]).min())
+        self.factor = inverse_factor(damped)
+        self.blocks = diagonal_blocks(gram, form.group_size) if options.search else None
+
+    def rows(self, weight: Tensor) -> tuple[Packed, float]:
+        """Some rows [some, in], and tr((W - W') gram (W - W')^T)."""
+        form, (count, columns), size = self.form, weight.shape, self.form.group_size
+        weight = weight.masked_fill(self.never, 0)  # what is never met may as well cost nothing
+        empty = torch.ones(count, form.groups(columns))
+        grid = self._grid(weight, slice(None)) if self.act_order else Grid(empty, empty.clone(), 2**form.bits - 1)
+
+        def begin(column: int, rest: Tensor) -> None:
+            """At the beginning of a group whose grid is open: from its columns [size, some] as they are now."""
+            if column % size == 0 and not self.act_order:
+                group = column // size
+                found = self._grid(rest[:size].T, slice(group, group + 1))
+                grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
+
+        groups = (self.order // size).tolist()
+        codes, loss = _solve(weight.T[self.order].contiguous(), self.factor, grid, groups, begin)
+        # Padding has the code of zero.
+        stored = grid.zero[:, :, None].repeat(1, 1, size).flatten(1)
+        stored[:, self.order] = codes.T
+        packed = scales.packed(stored, grid, form)
+        # The sum of e^2 is what was lost, and the damping's part in it.
+        lost = values_of(packed, form, columns).sub_(weight)
+        return packed, loss - self.added * float(lost.square().sum(dtype=torch.float64))
+
+    def _grid(self, values: Tensor, group: slice) -> Grid:
+        groups = grouped(values, self.form.group_size)
+        if self.blocks is None:
+            return scales.from_extremes(groups, self.form)
+        return scales.searched(groups, self.form, self.blocks[group])
+
+
+def dampen(gram: Tensor, damping: float) -> Tensor:
+    """H, to which even channels that never came have something to say."""
+    damped = gram.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-6)
+    diagonal += damping * diagonal.mean()
+    return damped
+
+
+def inverse_factor(damped: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = H^-1."""
+    return inverse_of_upper(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
+
+
+def inverse_of_upper(matrix: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix: [[A, B], [0, C]] to [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    size = len(matrix)
+    if size <= 256:
+        found: Tensor = torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=True)
+        return found
+    half = size // 2
+    first, last = inverse_of_upper(matrix[:half, :half]), inverse_of_upper(matrix[half:, half:])
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ matrix[:half, half:] @ last)
+    return inverse
+
+
+def _solve(
+    work: Tensor, factor: Tensor, grid: Grid, group_of: list[int], begin: Callable[[int, Tensor], None]
+) -> tuple[Tensor, float]:
+    """Round columns in the order in which they lie in `work` [in, out], which is used up.
+
+    Returns:
+        Codes, float32 [in, out], and the sum of e^2, which is tr((W - W') H (W - W')^T).
+    """
+    columns, loss = len(work), 0.0
+    codes = torch.empty_like(work)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        lost = torch.empty_like(work[start:end])
+        for column in range(start, end):
+            begin(column, work[column:])
+            scale, zero = grid.scale[:, group_of[column]], grid.zero[:, group_of[column]]
+            torch.div(work[column], scale, out=codes[column])
+            codes[column].round_().add_(zero).clamp_(0, grid.highest)
+            error = lost[column - start]
+            torch.sub(codes[column], zero, out=error).mul_(scale).sub_(work[column]).div_(-factor[column, column])
+            work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+        work[end:].addmm_(factor[start:end, end:].T, lost, alpha=-1)
+        loss += float(lost.square().sum(dtype=torch.float64))
+    return codes, loss

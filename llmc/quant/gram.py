@@ -1,0 +1,64 @@
+"""Sums of products of inputs, and the error that they give to a rounded matrix.
+
+    gram = X^T X                     X: all inputs of a linear, [tokens, in]
+    |X W^T - X W'^T|^2 = tr((W - W') gram (W - W')^T)
+
+so the loss on any amount of text costs the same once the gram matrix is there. Frantar et al. 2022 call 2 X^T X the
+Hessian. Groups of columns have gram matrices of their own on the diagonal.
+
+Knows: arithmetic. Does not know: models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmc.quant import pack
+from llmc.quant.pack import Packed
+from llmc.recipe import WeightFormat
+
+
+class Grams:
+    """Gram matrices by name, float32 [in, in], summed as inputs come."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Add inputs [rows, in]."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(x.shape[1], x.shape[1])
+        self.sums[name].addmm_(x.T, x)
+
+
+def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
+    """|X W^T - X W'^T| / |X W^T|; 0 where the outputs are all zero."""
+    lost, whole = energy(weight - rounded, gram), energy(weight, gram)
+    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+
+
+def energy(weight: Tensor, gram: Tensor) -> float:
+    """|X W^T|^2, some rows at a time."""
+    return math.fsum(float(torch.sum((rows @ gram) * rows, dtype=torch.float64)) for rows in torch.split(weight, 4096))
+
+
+def values_of(packed: Packed, form: WeightFormat, columns: int) -> Tensor:
+    """What a packed matrix stands for."""
+    return torch.from_numpy(pack.dequantize(packed.qweight, packed.scale, packed.zero, form, columns))
+
+
+def grouped(matrix: Tensor, size: int) -> Tensor:
+    """[rows, columns] -> [rows, groups, size], the last group filled with zeros."""
+    missing = -matrix.shape[1] % size
+    return torch.nn.functional.pad(matrix, (0, missing)).view(len(matrix), -1, size)
+
+
+def diagonal_blocks(gram: Tensor, size: int) -> Tensor:
+    """The gram matrices of groups of `size` columns: [groups, size, size], filled with zeros."""
+    missing = -len(gram) % size
+    padded = torch.nn.functional.pad(gram, (0, missing, 0, missing))
+    starts = range(0, len(padded), size)
+    return torch.stack([padded[at : at + size, at : at + size] for at in starts])

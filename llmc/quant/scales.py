@@ -1,0 +1,99 @@
+"""Scales and zero points of groups: from their extremes, or from a search that clips extremes where that serves.
+
+    code = clip(round(w / scale) + zero, 0, 2^bits - 1)
+
+The search tries ranges shrunk to `1, 1 - 1/20, ..., 1/2` of the group's own, and keeps for each group of each row the
+one with the least error of its share of the output (Lin et al. 2023, AWQ, appendix on clipping).
+
+Knows: groups. Does not know: which algorithm asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmc.quant.pack import Packed, pack_codes
+from llmc.recipe import WeightFormat
+
+_NARROWEST = 1e-30
+_SHRINKS = [1 - step / 20 for step in range(11)]
+_BLOCK = 1 << 22  # values searched at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What groups may be rounded to.
+
+    Attributes:
+        scale, zero: float32 [rows, groups]; zero is whole.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    highest: int
+
+    def codes(self, values: Tensor) -> Tensor:
+        """float32 codes of values [rows, groups, size]."""
+        return values.div(self.scale[..., None]).round_().add_(self.zero[..., None]).clamp_(0, self.highest)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """What the codes of values [rows, groups, size] stand for."""
+        return self.codes(values).sub_(self.zero[..., None]).mul_(self.scale[..., None])
+
+
+def from_extremes(values: Tensor, form: WeightFormat, shrink: float = 1.0) -> Grid:
+    """The grid of groups [rows, groups, size], as in rtn.py, over a part of their range."""
+    highest = 2**form.bits - 1
+    if form.symmetric:
+        span, steps = values.abs().amax(-1) * shrink, highest // 2
+        zero = torch.full_like(span, highest // 2 + 1)
+    else:
+        low, high = values.amin(-1).clamp(max=0) * shrink, values.amax(-1).clamp(min=0) * shrink
+        span, steps = high - low, highest
+        zero = (-low * (steps / span.clamp(min=_NARROWEST))).round_().clamp_(0, highest)
+    scale = torch.where(span > _NARROWEST, span / steps, torch.ones_like(span))
+    return Grid(scale, zero, highest)
+
+
+def searched(values: Tensor, form: WeightFormat, grams: Tensor) -> Grid:
+    """The grid with the least output error of each group.
+
+    Args:
+        values: [rows, groups, size].
+        grams: [groups, size, size], see `gram.diagonal_blocks`.
+    """
+    rows = max(1, _BLOCK // values[0].numel())
+    found = [_search(block, form, grams) for block in torch.split(values, rows)]
+    return Grid(torch.cat([x.scale for x in found]), torch.cat([x.zero for x in found]), found[0].highest)
+
+
+def _search(values: Tensor, form: WeightFormat, grams: Tensor) -> Grid:
+    best = from_extremes(values, form)
+    least = _errors(values, best, grams)
+    for shrink in _SHRINKS[1:]:
+        grid = from_extremes(values, form, shrink)
+        errors = _errors(values, grid, grams)
+        better = errors < least
+        least = torch.where(better, errors, least)
+        best = Grid(
+            torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), grid.highest
+        )
+    return best
+
+
+def _errors(values: Tensor, grid: Grid, grams: Tensor) -> Tensor:
+    """[rows, groups]"""
+    lost = grid.rounded(values).sub_(values).transpose(0, 1)  # [groups, rows, size]
+    return torch.bmm(lost, grams).mul_(lost).sum(-1).T
+
+
+def packed(codes: Tensor, grid: Grid, form: WeightFormat, error: float | None = None) -> Packed:
+    """Codes [rows, groups * size] as they are stored."""
+    as_bytes = codes.to(torch.uint8).contiguous().numpy()
+    zero = None if form.symmetric else pack_codes(grid.zero.to(torch.uint8).contiguous().numpy(), form.bits)
+    scale = np.ascontiguousarray(grid.scale.numpy())
+    return Packed(pack_codes(as_bytes, form.bits), scale, zero, error)

@@ -1,0 +1,56 @@
+"""Moving a scale per channel from the inputs of linears into what produces them; the function stays the same.
+
+    y = W x = (W s) (x / s)        x / s comes from the source: a norm's weight and bias, or a linear's rows, over s
+
+Knows: smoothing groups (llmc/names.py). Does not know: how scales are chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmc.names import SmoothingGroup
+
+
+def fold(values: dict[str, Tensor], group: SmoothingGroup, scale: Tensor, *, heads: int = 1) -> Tensor:
+    """Divide the source by `scale` and multiply the targets' columns by it.
+
+    Args:
+        values: float32 tensors by canonical name: the source's weight and bias, the targets' weights; replaced.
+        scale: [channels of the source].
+        heads: Of a repeated source: it has that many blocks of channels, each of which is repeated as a whole.
+
+    Returns:
+        The factor of each of the targets' columns.
+    """
+    weight = values[f"{group.source}.weight"]
+    values[f"{group.source}.weight"] = weight / (scale[:, None] if weight.dim() == 2 else scale)
+    if (bias := values.get(f"{group.source}.bias")) is not None:
+        values[f"{group.source}.bias"] = bias / scale
+    wide = spread(scale, group.repeat, heads)
+    for target in group.targets:
+        values[f"{target}.weight"] = values[f"{target}.weight"] * wide
+    return wide
+
+
+def spread(scale: Tensor, repeat: int, heads: int) -> Tensor:
+    """A vector over a source's channels as one over the targets' columns: each head's block `repeat` times."""
+    return scale.view(heads, 1, -1).expand(-1, repeat, -1).flatten() if repeat > 1 else scale
+
+
+def gather(columns: Tensor, repeat: int, heads: int) -> Tensor:
+    """The mean over the columns that one channel feeds: the way back of `spread`."""
+    return columns.view(heads, repeat, -1).mean(1).flatten() if repeat > 1 else columns
+
+
+def representable(scale: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale nearest to `scale` by which a norm's weight, stored as `dtype`, is divided without loss.
+
+    A norm of bfloat16 would be rounded by the division; the targets, which are rounded anyhow, can take up the
+    difference.
+    """
+    stored = (source / scale).to(dtype).float()
+    exact = source / stored
+    usable = torch.isfinite(exact) & (exact > 0)
+    return torch.where(usable, exact, torch.ones_like(scale))

@@ -1,0 +1,183 @@
+"""llmc.quant.awq: folding changes nothing, the search finds what nvidia-modelopt's finds or better."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+
+from llmc import names
+from llmc.checkpoint import Checkpoint
+from llmc.model import load
+from llmc.quant import awq, rtn
+from llmc.quant.gram import values_of
+from llmc.quant.pack import Packed
+from llmc.quant.smoothing import fold, gather, representable, spread
+from llmc.recipe import QuantRecipe, WeightFormat
+
+CASES = ["llama", "llama-bias", "llama-multi-head", "qwen2", "qwen3", "llama-tied", "mistral-window"]
+INT4 = WeightFormat(bits=4, group_size=32)
+
+
+def windows(count: int = 8) -> list[np.ndarray]:
+    return [np.array(tiny.tokens(64, seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_folding_leaves_the_function_as_it_was(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Every group of the model, by scales from 1/8 to 8."""
+    checkpoint = Checkpoint(tiny_checkpoint(name))
+    decoder, heads = load(checkpoint), checkpoint.spec.attention.num_kv_heads
+    tokens = torch.tensor([tiny.tokens(60)])
+    expected = decoder(tokens)
+    values = dict(decoder.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    groups = names.smoothing_groups(checkpoint.spec)
+    for group in groups:
+        channels = len(values[f"{group.source}.weight"])
+        fold(values, group, torch.exp2(6 * torch.rand(channels, generator=generator) - 3), heads=heads)
+    assert len(groups) == 4 * checkpoint.spec.num_layers
+    decoder.load_state_dict(values, assign=True)
+    met = decoder(tokens)
+    assert float((met - expected).abs().max() / expected.abs().max()) < 1e-5
+    changed = [
+        key for key, value in decoder.state_dict().items() if not torch.equal(value, load(checkpoint).state_dict()[key])
+    ]
+    assert len(changed) > 8 * checkpoint.spec.num_layers
+
+
+def test_spread_and_gather_are_inverse() -> None:
+    scale = torch.arange(6.0) + 1
+    wide = spread(scale, 3, 2)
+    assert wide.tolist() == [1, 2, 3] * 3 + [4, 5, 6] * 3
+    assert torch.equal(gather(wide, 3, 2), scale)
+
+
+def test_a_norm_in_bfloat16_is_divided_without_loss() -> None:
+    source = (torch.rand(500) + 0.5).bfloat16().float()
+    source[3] = 0
+    scale = representable(torch.rand(500) * 4 + 0.1, source, torch.bfloat16)
+    stored = (source / scale).bfloat16().float()
+    torch.testing.assert_close(stored * scale, source, rtol=1e-6, atol=0)
+    assert (scale > 0).all()
+
+
+@torch.inference_mode()
+def results(
+    checkpoint: Checkpoint, form: WeightFormat = INT4, **options: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Everything that AWQ makes of a model as values, and the errors of matrices; embedding and head are left alone."""
+    transform = awq.prepare(
+        checkpoint, QuantRecipe(algorithm="awq", weights=form, keep=("embed", "head"), options=options), windows()
+    )
+    values: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    for tensor in checkpoint:
+        matrix = tensor.removesuffix(".weight")
+        wanted = form if matrix in names.matrices(checkpoint.spec) and matrix not in ("embed", "head") else None
+        found = transform(tensor, checkpoint[tensor], wanted)
+        if isinstance(found, Packed):
+            assert found.error is not None
+            values[tensor], errors[matrix] = values_of(found, form, checkpoint.infos[tensor].shape[1]), found.error
+        else:
+            values[tensor] = torch.from_numpy(found)
+    return values, errors
+
+
+def loss_of(checkpoint: Checkpoint, values: dict[str, torch.Tensor]) -> float:
+    decoder, tokens = load(checkpoint), torch.tensor([tiny.tokens(64, 99)])
+    with torch.inference_mode():
+        expected = decoder(tokens)
+        decoder.load_state_dict(values, strict=False, assign=True)
+        return float((decoder(tokens) - expected).square().mean())
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "llama-tied"])
+def test_channels_that_the_text_uses_most_lose_least(
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model as real ones are: a few channels of each norm are ten times as large as the others."""
+    folder = shutil.copytree(tiny_checkpoint(name), tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    for tensor, values in tensors.items():
+        if tensor.endswith(("attn_norm.weight", "mlp_norm.weight")):
+            values[::13] *= 10
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint(folder)
+    _, found = results(checkpoint)
+    _, unclipped = results(checkpoint, clip=False)
+    monkeypatch.setattr(awq, "candidates", lambda magnitude, *_: iter([torch.ones_like(magnitude)]))
+    values, nothing = results(checkpoint, clip=False)
+    for tensor in (f"{matrix}.weight" for matrix in nothing):
+        exact = checkpoint[tensor]
+        torch.testing.assert_close(values[tensor], values_of(rtn.quantize(exact, INT4), INT4, exact.shape[1]))
+    assert len(found) == len(nothing) == 7 * checkpoint.spec.num_layers
+    assert all(found[matrix] <= unclipped[matrix] * 1.01 for matrix in nothing)
+    readers = [matrix for matrix in nothing if matrix.endswith((".q", ".k", ".v", ".gate", ".up"))]
+    assert sum(unclipped[matrix] for matrix in readers) < 0.8 * sum(nothing[matrix] for matrix in readers)
+
+
+def test_what_is_kept_is_folded_all_the_same(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """q is kept, k and v are rounded: q must take up the scale that the norm lost."""
+    checkpoint = Checkpoint(tiny_checkpoint("llama"))
+    form = WeightFormat(bits=8, group_size=16)
+    recipe = QuantRecipe(algorithm="awq", weights=form, keep=("*.q", "embed", "head"))
+    transform = awq.prepare(checkpoint, recipe, windows())
+    values = {}
+    for tensor in checkpoint:
+        found = transform(
+            tensor,
+            checkpoint[tensor],
+            recipe.format_of(tensor.removesuffix(".weight")) if len(checkpoint.infos[tensor].shape) == 2 else None,
+        )
+        values[tensor] = (
+            values_of(found, form, checkpoint.infos[tensor].shape[1])
+            if isinstance(found, Packed)
+            else torch.from_numpy(found)
+        )
+    assert not np.array_equal(values["layers.0.attn.q.weight"].numpy(), checkpoint["layers.0.attn.q.weight"])
+    decoder, tokens = load(checkpoint), torch.tensor([tiny.tokens(64, 99)])
+    with torch.inference_mode():
+        expected = decoder(tokens)
+    assert loss_of(checkpoint, values) < 1e-3 * float(expected.square().mean())
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.inference_mode()
+def test_loses_no_more_than_modelopt() -> None:
+    """One linear, the same inputs: modelopt's best scale is one of ours, and so ours loses no more."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 64, bias=False))
+    inputs = torch.randn(200, 256) * torch.exp(torch.randn(256))
+    weight = model[0].weight.detach().clone()
+    config = copy.deepcopy(mtq.INT4_AWQ_CFG)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        mtq.quantize(model, config, lambda found: found(inputs[None]))
+    theirs = 1 / model[0].input_quantizer.pre_quant_scale
+    form = WeightFormat(bits=4, group_size=128)
+    tried = list(awq.candidates(inputs.abs().mean(0), awq.shares(weight, form).mean(0), 10))
+    distances = [float(((scale - theirs) / theirs).abs().max()) for scale in tried]
+    assert min(distances) < 1e-4
+
+    def loss(scale: torch.Tensor) -> float:
+        return float((inputs @ (awq.nearest(weight * scale, form) / scale - weight).T).square().sum())
+
+    quantized = model(inputs[None])[0]
+    assert loss(theirs) == pytest.approx(float((quantized - inputs @ weight.T).square().sum()), rel=1e-3)
+    assert min(map(loss, tried)) <= loss(theirs) * (1 + 1e-6)
+    assert min(map(loss, tried)) < 0.9 * loss(torch.ones(256))

@@ -1,0 +1,37 @@
+"""Every algorithm on one model of every family: it ends, and what it makes is near what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from llmc import model
+from llmc.checkpoint import Checkpoint
+from llmc.quant.algorithm import ALGORITHMS
+from llmc.quant.algorithm import algorithm as module_of
+from llmc.quant.quantize import Calibration, quantize
+from llmc.recipe import QuantRecipe, WeightFormat
+
+ONE_OF_EACH = {case.model_type: name for name, case in tiny.TINY.items()}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ONE_OF_EACH.values())
+def test_eight_bits_stay_near(
+    name: str, algorithm: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and there the other user was " * 20, encoding="utf-8")
+    recipe = QuantRecipe(algorithm=algorithm, weights=WeightFormat(bits=8, group_size=32))
+    calibration = Calibration(path=text, tokens=512) if module_of(algorithm).CALIBRATES else None
+    quantize(tiny_checkpoint(name), tmp_path / "out", recipe, calibration=calibration)
+    tokens = torch.tensor([tiny.tokens(30)])
+    with torch.no_grad():
+        expected = model.load(Checkpoint(tiny_checkpoint(name)))(tokens)
+        got = model.load(Checkpoint(tmp_path / "out"))(tokens)
+    # A code of 8 bits is off by 1/254 of its group's largest weight at most; a wrongly folded scale by half and more.
+    assert 0 < (got - expected).norm() < 0.15 * expected.norm()

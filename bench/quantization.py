@@ -1,7 +1,7 @@
 """What 4-bit weights cost on a real model, by algorithm: `python bench/quantization.py CHECKPOINT WORK [NAME...]`.
 
 Each result is made by `llmc quantize` in a process of its own (WORK/NAME, kept for the next time) and read beside the
-original on 3,000 tokens of English (pydoc's topics) and 3,000 of Python (textwrap.py, statistics.py), in windows of
+original on 3,000 tokens of English (pydoc's topics) and 3,000 of Python (textwrap.py ...), in windows of
 512; nothing of either is in the calibration text. Prints a table and writes WORK/table.json.
 """
 

@@ -7,13 +7,15 @@
 
 b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's awq_lite and of AutoAWQ. The channels' means are over
 all of the calibration text, the outputs that are compared over some hundred tokens spread evenly over it, and both as
-the unquantized model computes them, as in the authors' code. q and k are not clipped, as there: attention notices.
-The embedding is rounded to nearest; the head has no norm of its own to fold into and is clipped only.
+the unquantized model computes them, as in the authors' code. The embedding is rounded to nearest; the head has no norm
+of its own to fold into and is clipped only. Clipping the layers, too, all but q and k as the authors do, is an option:
+each matrix loses less by it, the whole model more (docs/quantization.md has the figures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -46,12 +48,12 @@ class Options(Strict):
 
     Attributes:
         steps: Of the grid of a, from 0 to 1.
-        clip: Search ranges, too.
+        clip: Where ranges are searched, too: nowhere, for the head, or everywhere but for q and k.
         rows: Tokens whose outputs are compared.
     """
 
     steps: PositiveInt = 10
-    clip: bool = True
+    clip: Literal["none", "head", "all"] = "head"
     rows: PositiveInt = 512
 
 
@@ -66,7 +68,9 @@ class Inputs:
     """What is remembered of the inputs of linears.
 
     Attributes:
-        rows: Each `every`th row, [some, in].
+        rows: Each `every`th of a window's rows, [some, in], beginning with the first in the first window, the second in
+            the second, and so on: a window's first token, whose channels can be a thousand times as large as any
+            other's, has no more than its share.
     """
 
     def __init__(self, every: int) -> None:
@@ -79,7 +83,8 @@ class Inputs:
         """Add inputs [rows, in]."""
         self._sums[name] = self._sums.get(name, torch.zeros(x.shape[1])) + x.abs().sum(0)
         self._counts[name] = self._counts.get(name, 0) + len(x)
-        self._rows.setdefault(name, []).append(x[:: self._every].clone())
+        kept = self._rows.setdefault(name, [])
+        kept.append(x[len(kept) % self._every :: self._every].clone())
 
     def rows(self, name: str) -> Tensor:
         return torch.cat(self._rows[name])
@@ -169,7 +174,7 @@ class Awq:
                 continue
             # An expert that met no token is judged by inputs that are all alike, and not clipped.
             rows = inputs.rows(leaders[matrix]) if matrix in leaders else torch.eye(x.shape[1])
-            clip = self.options.clip and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
+            clip = self.options.clip == "all" and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
             yield name, rounded(x, rows / factors.get(matrix, torch.ones(1)), form, clip=clip)
 
     def head(self, matrix: str, weight: Tensor, states: Sequence[Tensor] | States, form: WeightFormat) -> Packed:
@@ -177,7 +182,7 @@ class Awq:
         inputs = Inputs(self._every)
         for state in states:
             inputs.see(matrix, state.flatten(0, -2))
-        return rounded(weight, inputs.rows(matrix), form, clip=self.options.clip)
+        return rounded(weight, inputs.rows(matrix), form, clip=self.options.clip != "none")
 
 
 def shares(weight: Tensor, form: WeightFormat) -> Tensor:

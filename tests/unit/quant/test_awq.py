@@ -116,10 +116,10 @@ def test_channels_that_the_text_uses_most_lose_least(
             values[::13] *= 10
     save_file(tensors, folder / "model.safetensors")
     checkpoint = Checkpoint(folder)
-    _, found = results(checkpoint)
-    _, unclipped = results(checkpoint, clip=False)
+    _, found = results(checkpoint, clip="all")
+    _, unclipped = results(checkpoint, clip="none")
     monkeypatch.setattr(awq, "candidates", lambda magnitude, *_: iter([torch.ones_like(magnitude)]))
-    values, nothing = results(checkpoint, clip=False)
+    values, nothing = results(checkpoint, clip="none")
     for tensor in (f"{matrix}.weight" for matrix in nothing):
         exact = checkpoint[tensor]
         torch.testing.assert_close(values[tensor], values_of(rtn.quantize(exact, INT4), INT4, exact.shape[1]))

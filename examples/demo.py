@@ -161,7 +161,7 @@ def goodbye(folder: Path) -> None:
   llmc inspect {folder}/engine-int4
   llmc serve {folder}/engine-int4          then POST to http://127.0.0.1:8000/v1/completions
 
-[bold]The same with your own model[/bold] (a Hugging Face folder or a .gguf file: llama, mistral, qwen2, qwen3)
+[bold]The same with your own model[/bold] (a Hugging Face folder or a .gguf file; `llmc families` lists which)
   llmc convert /path/to/model my/checkpoint
   llmc quantize my/checkpoint my/checkpoint-int4 --algo rtn --bits 4 --group-size 32
   llmc build-engine my/checkpoint-int4 my/engine

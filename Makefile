@@ -27,7 +27,7 @@ test: $(READY)  ## The tests that need no real model, no GPU and little time
 	$(TEST) -m "not slow and not real and not gpu"
 
 $(ORACLES): setup.cfg $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[oracles]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[oracles,ray]"
 	@touch $@
 
 test-all: $(READY) $(ORACLES)  ## The slow tests as well

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 import jinja2
 
@@ -70,10 +69,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each replica")
     options = parser.parse_args()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    # SIGTERM as Ctrl-C: what was begun is ended in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         serve = ("--threads", str(options.threads), "--name", options.engine.resolve().name)
         urls = [stack.enter_context(serving(options.engine, *serve)) for _ in range(options.replicas)]

@@ -47,7 +47,7 @@ def test_the_extra_named_for_a_module_brings_it() -> None:
 def test_every_module_of_an_extra_for_users_is_in_the_table() -> None:
     looked = 0
     for extra, modules in extras().items():
-        if extra not in ("dev", "oracles"):
+        if extra not in ("dev", "oracles", "ray"):
             looked += 1
             assert modules - NOT_OURS <= need.EXTRA_OF_MODULE.keys(), extra
     assert looked >= 6
@@ -58,7 +58,7 @@ def test_dev_takes_every_extra_that_installs_everywhere() -> None:
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
     own = re.search(r"llmc-toolkit\[([^]]*)\]", parser["options.extras_require"]["dev"])
     assert own
-    assert set(own[1].split(",")) == extras().keys() - {"dev", "oracles", "serve-cuda", "tensorrt-llm"}
+    assert set(own[1].split(",")) == extras().keys() - {"dev", "oracles", "ray", "serve-cuda", "tensorrt-llm"}
 
 
 def test_serve_and_serve_cuda_differ_in_the_runtime_alone() -> None:

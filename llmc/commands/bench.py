@@ -8,17 +8,8 @@ from typing import Any
 
 import click
 
+from llmc.commands import values
 from llmc.errors import UserError
-
-
-def _numbers(_: click.Context, option: click.Parameter, value: str) -> list[int]:
-    try:
-        found = [int(each) for each in value.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise click.BadParameter(f"'{value}' is not a list of numbers like 1,4,16", param=option)
-    return found
 
 
 @click.command("bench")
@@ -26,12 +17,12 @@ def _numbers(_: click.Context, option: click.Parameter, value: str) -> list[int]
 @click.option("--url", help="Measure the server there instead: any with OpenAI's API.")
 @click.option("--model", help="The model to ask that server for; by default the first that it lists.")
 @click.option("--api-key", envvar="LLMC_API_KEY", help="What that server wants to see; or set LLMC_API_KEY.")
-@click.option("--batch", default="1,2,4,8,16", show_default=True, callback=_numbers, help="Sequences at a time.")
-@click.option("--concurrency", default="1,4,16", show_default=True, callback=_numbers, help="Clients at a time.")
+@click.option("--batch", default="1,2,4,8,16", show_default=True, callback=values.numbers, help="Sequences at a time.")
+@click.option("--concurrency", default="1,4,16", show_default=True, callback=values.numbers, help="Clients at a time.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a second instead of clients at a time.")
 @click.option("--requests", default=32, show_default=True, type=click.IntRange(1), help="At each number of clients.")
-@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--output-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--prompt-tokens", default="128", show_default=True, callback=values.span, help="A server's also 32-512.")
+@click.option("--output-tokens", default="64", show_default=True, callback=values.span, help="Likewise.")
 @click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for all output tokens (vLLM's and llama.cpp's).")
 @click.option("--chunk", default=128, show_default=True, type=click.IntRange(1), help="Prompt tokens in one step.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads that compute; by default all.")
@@ -59,8 +50,10 @@ def _offline(engine: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     from llmc.serve.bench import offline
     from llmc.serve.runners import open_runner
 
+    (prompt, most), (output, longest) = options["prompt_tokens"], options["output_tokens"]
+    if (prompt, output) != (most, longest):
+        raise UserError("an engine is measured with one length: ranges are for --url")
     runner = open_runner(engine, threads=options["threads"], max_sequences=max(options["batch"]))
-    prompt, output = options["prompt_tokens"], options["output_tokens"]
     rates = offline.measure(runner, batches=options["batch"], prompt=prompt, output=output, chunk=options["chunk"])
     runner.close()
     return [rate.row() for rate in rates]

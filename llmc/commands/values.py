@@ -36,3 +36,22 @@ class Percent(click.ParamType[float]):
         if not 0 <= share < float("inf"):
             self.fail(f"'{value}' is not zero or more", param, ctx)
         return share
+
+
+def numbers(_: click.Context, option: click.Parameter, value: str) -> list[int]:
+    """`1,4,16`"""
+    try:
+        found = [int(each) for each in value.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise click.BadParameter(f"'{value}' is not a list of numbers like 1,4,16", param=option)
+    return found
+
+
+def span(_: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:
+    """`128`, or `32-512`: the fewest and the most."""
+    fewest, most = (value.split("-", 1) * 2)[:2]
+    if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
+        raise click.BadParameter(f"'{value}' is neither a number nor a range like 32-512", param=option)
+    return int(fewest), int(most)

@@ -40,17 +40,17 @@ class Load:
     Attributes:
         url: Where it is, without "/v1".
         model: The name to ask for; None takes the first that it lists.
-        prompt_tokens: Words of a prompt, which are about as many tokens.
-        output_tokens: Tokens to ask for.
-        requests: How many; each has another prompt.
+        prompt_tokens: Fewest and most words of a prompt, which are about as many tokens.
+        output_tokens: Fewest and most tokens to ask for.
+        requests: How many; each has another prompt. Lengths are drawn evenly, the same ones every time.
         ignore_eos: Ask for all of the tokens, in the way of vLLM and llama.cpp.
     """
 
     url: str
     model: str | None = None
     api_key: str | None = None
-    prompt_tokens: int = 128
-    output_tokens: int = 64
+    prompt_tokens: tuple[int, int] = (128, 128)
+    output_tokens: tuple[int, int] = (64, 64)
     requests: int = 32
     ignore_eos: bool = True
     timeout: float = 600.0
@@ -145,11 +145,12 @@ def _run(threads: Sequence[threading.Thread]) -> None:
 
 def _ask(load: Load, model: str, number: int) -> Answer:
     answer = Answer()
-    words = random.Random(number).choices(WORDS, k=load.prompt_tokens)  # noqa: S311
+    draw = random.Random(number)  # noqa: S311
+    words = draw.choices(WORDS, k=draw.randint(*load.prompt_tokens))
     body: dict[str, Any] = {
         "model": model,
         "prompt": " ".join(words),
-        "max_tokens": load.output_tokens,
+        "max_tokens": draw.randint(*load.output_tokens),
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -97,7 +97,7 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., tuple[str, Engine]]]:
 
 def test_online_figures_are_what_clients_saw(serve: Callable[..., tuple[str, Engine]]) -> None:
     url, engine = serve(fake.FakeRunner(max_sequences=8, max_length=200, delay=DELAY, eos=2))
-    load = Load(url, prompt_tokens=5, output_tokens=10, requests=8)
+    load = Load(url, prompt_tokens=(5, 5), output_tokens=(10, 10), requests=8)
     began = time.perf_counter()
     one, four = measure(load, concurrency=1), measure(load, concurrency=4)
     took = time.perf_counter() - began
@@ -115,9 +115,18 @@ def test_online_figures_are_what_clients_saw(serve: Callable[..., tuple[str, Eng
     assert one["prompt_tokens"] == four["prompt_tokens"] > 0
 
 
+def test_lengths_of_a_range_are_drawn_the_same_way_every_time(serve: Callable[..., tuple[str, Engine]]) -> None:
+    url, engine = serve(fake.FakeRunner(max_sequences=8, max_length=200, eos=2))
+    load = Load(url, prompt_tokens=(3, 9), output_tokens=(2, 30), requests=20)
+    rows = [measure(load, concurrency=clients) for clients in (1, 4)]
+    assert len({(row["prompt_tokens"], row["output_tokens"]) for row in rows}) == 1
+    assert 20 * 2 < rows[0]["output_tokens"] < 20 * 30
+    assert engine.stats.finished["length"] == 42
+
+
 def test_an_open_loop_waits_for_nobody(serve: Callable[..., tuple[str, Engine]]) -> None:
     url, _ = serve(fake.FakeRunner(max_sequences=8, max_length=200, delay=DELAY))
-    row = measure(Load(url + "/v1", prompt_tokens=3, output_tokens=20, requests=10), rate=50)
+    row = measure(Load(url + "/v1", prompt_tokens=(3, 3), output_tokens=(20, 20), requests=10), rate=50)
     gaps = 9 / 50
     alone = 20 * DELAY
     assert (row["requests"], row["rate"], row["concurrency"]) == (10, 50, None)
@@ -129,15 +138,15 @@ def test_failures_are_counted_and_explained(serve: Callable[..., tuple[str, Engi
     runner = fake.FakeRunner(max_sequences=1, max_length=200)
     runner.fail_steps = {12, 18}
     url, _ = serve(runner)
-    row = measure(Load(url, prompt_tokens=3, output_tokens=5, requests=4), concurrency=1)
+    row = measure(Load(url, prompt_tokens=(3, 3), output_tokens=(5, 5), requests=4), concurrency=1)
     assert row["failed"] in (1, 2)
     assert row["requests"] + row["failed"] == 4
     with pytest.raises(LlmcError, match=r"status 400: .*maximum context"):
-        measure(Load(url, prompt_tokens=3, output_tokens=500, requests=2), concurrency=1)
+        measure(Load(url, prompt_tokens=(3, 3), output_tokens=(500, 500), requests=2), concurrency=1)
     url, _ = serve(fake.FakeRunner(), api_keys=("secret",))
     with pytest.raises(UserError, match="does not say which models"):
         measure(Load(url, requests=1), concurrency=1)
-    assert measure(Load(url, api_key="secret", prompt_tokens=3, output_tokens=2, requests=1), concurrency=1)
+    assert measure(Load(url, api_key="secret", prompt_tokens=(3, 3), output_tokens=(2, 2), requests=1), concurrency=1)
 
 
 def test_the_command_on_a_server(
@@ -157,6 +166,8 @@ def test_the_command_on_a_server(
         (["bench", "--url", "http://127.0.0.1:9"], "does not say which models"),
         (["bench", "--url", "nonsense"], "not the address"),
         (["bench", "--url", url, "--concurrency", "1,x"], "list of numbers"),
+        (["bench", "--url", url, "--prompt-tokens", "9-3"], "nor a range like 32-512"),
+        (["bench", "x", "--prompt-tokens", "3-9"], "ranges are for --url"),
     ):
         status, _, err = run(capsys, *arguments)
         assert status == 2

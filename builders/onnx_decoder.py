@@ -12,6 +12,7 @@ Tokens of all sequences are rows of one matrix [batch * length, hidden]; only at
     x ── norm ── Gather(rows) ── head ──► logits
 
 An addition and the norm that follows it are one operator, SkipLayerNormalization or SkipSimplifiedLayerNormalization.
+Where a prefix sees itself whole, the attention operator masks nothing, and a bias does (onnx_prefix.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llmc.builders import onnx_moe
 from llmc.builders.onnx_graph import MICROSOFT, Graph
 from llmc.builders.onnx_layers import state_name
 from llmc.builders.onnx_linear import Lowering, path
+from llmc.builders.onnx_prefix import Prefixes, Rotations, positions
 from llmc.errors import UnsupportedModelError
 from llmc.recipe import QuantRecipe
 from llmc.spec import Alibi, Learned, ModelSpec, Rope
@@ -66,7 +68,8 @@ def draw(
 
     Inputs: tokens int64 [batch, length]; rows int64 [rows], which of the batch * length tokens want logits;
     seqlens_k int32 [batch], each sequence's length after this step minus one; total_sequence_length int32 [], the
-    longest of those lengths; past.N.{key,value} [batch, kv_heads, max_length, head_dim].
+    longest of those lengths; past.N.{key,value} [batch, kv_heads, max_length, head_dim]. Of models with a prefix also
+    prefix int64 [batch, 2], each sequence's llmc.prefix.Span.
     Outputs: logits float32 [rows, vocab]; present.N.{key,value}, to be bound to the memory of past.N.
 
     Args:
@@ -114,10 +117,12 @@ class _Decoder:
                     f"operator of ONNX Runtime turns multiples of {_TURNED_UNIT}"
                 )
             for one in dict.fromkeys(spec.rope_of(layer) for layer in range(spec.num_layers)):
-                prefix = "rotary" if one == spec.position else "rotary.window"
+                name = "rotary" if one == spec.position else "rotary.window"
+                # On the second of two axes, tokens without a prefix stand one place further.
+                tables = rope.rotary_table(spec, max_length + one.axes - 1, context=max_length, of=one)
                 self.rotary[one] = [
-                    graph.weight(f"{prefix}.{name}", np.float32, table.shape, table.copy)
-                    for name, table in zip(("cos", "sin"), rope.rotary_table(spec, max_length, of=one), strict=True)
+                    graph.weight(f"{name}.{kind}", np.float32, table.shape, table.copy)
+                    for kind, table in zip(("cos", "sin"), tables, strict=True)
                 ]
         self.cache_type = INT8 if kv_int8 else FLOAT
         self.cache_shape: list[int | str] = [
@@ -131,6 +136,13 @@ class _Decoder:
         self.batched = graph.call("Concat", [self.shape, graph.constant("/rest", np.array([-1]))], "/batched", axis=0)
         self.flat = graph.constant("/flat", np.array([-1, spec.q_size]))
         self.bias = self.linear_biases() if isinstance(spec.position, Alibi) else None
+        self.prefixes = Prefixes(graph, self.shape, self.seqlens, self.total) if spec.prefix else None
+        self.rotations: Rotations | None = None
+        if self.prefixes:
+            masked = self.prefixes.bias
+            self.bias = graph.call("Add", [self.bias, masked], "/prefix/biases") if self.bias is not None else masked
+            if isinstance(spec.position, Rope) and spec.position.axes == 2:
+                self.rotations = Rotations(self.prefixes, self.rotary.pop(spec.position))
 
     def embed(self, tokens: ir.Value) -> ir.Value:
         """What the first layer is given of the tokens [batch * length]."""
@@ -173,8 +185,10 @@ class _Decoder:
         for layer in range(self.spec.num_layers):
             following = f"layers.{layer + 1}.attn_norm" if layer + 1 < self.spec.num_layers else "norm"
             mixed = self.post_norm(self.attention(normed, layer), f"layers.{layer}.attn_post_norm")
+            x = self.residual(x, normed, f"layers.{layer}.attn")
             normed, x = self.add_norm(x, mixed, f"layers.{layer}.mlp_norm")
             mixed = self.post_norm(self.mix(normed, layer), f"layers.{layer}.mlp_post_norm")
+            x = self.residual(x, normed, f"layers.{layer}.mlp")
             normed, x = self.add_norm(x, mixed, following)
             x.name = state_name(layer + 1)
         return normed
@@ -182,6 +196,13 @@ class _Decoder:
     def post_norm(self, x: ir.Value, name: str) -> ir.Value:
         """An output as it is added to the residual stream."""
         return self.norm(x, name) if self.spec.norm.order == "both" else x
+
+    def residual(self, x: ir.Value, normed: ir.Value, name: str) -> ir.Value:
+        """What an output is added to, of the input as it came and normalised."""
+        if not self.spec.norm.residual_scale:
+            return x
+        scale = self.graph.constant(f"{path(name)}/scale", np.array(self.spec.norm.residual_scale, np.float32))
+        return self.graph.call("Mul", [normed, scale], f"{path(name)}/residual")
 
     def layers_with_norms_after(self, x: ir.Value) -> ir.Value:
         """All layers, where the sum is normalised and goes on so."""
@@ -217,24 +238,10 @@ class _Decoder:
         return [self.lowering.weight([name], kind, (size,)) for kind in kinds]
 
     def positions(self, offset: int) -> ir.Value:
-        """Rows of the learned positions of all tokens, [batch * length, hidden].
-
-        A sequence's new tokens are its last: the first of them stands at seqlens_k + 1 - length.
-        """
-        graph = self.graph
-
-        def number(name: str, values: Any) -> ir.Value:
-            return graph.constant(f"/positions/{name}", np.array(values))
-
-        length = graph.call("Gather", [self.shape, number("axis", 1)], "/positions/length")
-        new = graph.call("Range", [number("zero", 0), length, number("one", 1)], "/positions/new")
-        last = graph.call("Cast", [self.seqlens], "/positions/last", to=INT64)
-        end = graph.call("Add", [last, number("offset", offset + 1)], "/positions/end")
-        first = graph.call("Sub", [end, length], "/positions/first")
-        column = graph.call("Unsqueeze", [first, number("column", [1])], "/positions/begin")
-        table = graph.call("Add", [column, new], "/positions/rows")
-        flat = graph.call("Reshape", [table, number("flat", [-1])], "/positions/flat_rows")
-        return self.lowering.embedding(flat, "positions")
+        """Rows of the learned positions of all tokens, [batch * length, hidden]."""
+        table = positions(self.graph, "/positions", self.shape, self.seqlens, offset=offset)
+        flat = self.graph.constant("/positions/flat", np.array([-1]))
+        return self.lowering.embedding(self.graph.call("Reshape", [table, flat], "/positions/flat_rows"), "positions")
 
     def attention(self, x: ir.Value, layer: int) -> ir.Value:
         """o(attention(rotary(q), rotary(k), v)).
@@ -244,6 +251,7 @@ class _Decoder:
             x ── q ── [heads] ── norm ──►
             x ── k ── [heads] ── norm ──►   GroupQueryAttention ── o ──►
             x ── v ─────────────────────►
+        and likewise where heads are turned on two axes.
         """
         graph, spec, at = self.graph, self.spec.attention, f"layers.{layer}.attn"
         past = [graph.input(f"past.{layer}.{kind}", self.cache_type, self.cache_shape) for kind in ("key", "value")]
@@ -262,10 +270,11 @@ class _Decoder:
             outputs=3,
             num_heads=spec.num_heads,
             kv_num_heads=spec.num_kv_heads,
-            do_rotary=int(isinstance(self.spec.position, Rope)),
+            do_rotary=int(bool(self.rotary)),
             rotary_interleaved=int(isinstance(self.spec.position, Rope) and self.spec.position.interleaved),
             local_window_size=self.spec.window(layer) or -1,
             scale=spec.scale or 0.0,
+            **({"causal": 0} if self.prefixes else {}),
             **quantized,
         )
         self.presents[f"present.{layer}.key"] = key
@@ -275,14 +284,22 @@ class _Decoder:
     def _qkv(self, x: ir.Value, at: str) -> list[ir.Value | None]:
         """Attention's first three inputs: packed in the first where one product can make them."""
         parts = [f"{at}.{name}" for name in "qkv"]
-        if not self.spec.attention.qk_norm and len({self.lowering.format(part) for part in parts}) == 1:
+        is_plain = not self.spec.attention.qk_norm and self.rotations is None
+        if is_plain and len({self.lowering.format(part) for part in parts}) == 1:
             packed = self.lowering.linear(x, *parts, node=path(f"{at}.qkv"))
             return [self._batch(packed, f"{at}.qkv"), None, None]
         made = [self.lowering.linear(x, part) for part in parts]
         if self.spec.attention.qk_norm:
             # The operator has inputs for these norms, but its CPU kernel refuses them.
             made[:2] = [self._norm_heads(y, part) for y, part in zip(made[:2], parts, strict=False)]
-        return [self._batch(y, part) for y, part in zip(made, parts, strict=True)]
+        batched: list[ir.Value | None] = [self._batch(y, part) for y, part in zip(made, parts, strict=True)]
+        if self.rotations:
+            rope, of = self.spec.rope, self.spec.attention
+            batched[:2] = [
+                self.rotations.turn(y, f"{path(part)}/turned", rope, heads, of.head_dim)
+                for y, part, heads in zip(batched, parts, (of.num_heads, of.num_kv_heads), strict=False)
+            ]
+        return batched
 
     def _norm_heads(self, x: ir.Value, name: str) -> ir.Value:
         shape = self.graph.constant(f"{path(name)}/head", np.array([-1, self.spec.attention.head_dim]))

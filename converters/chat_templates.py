@@ -47,6 +47,18 @@ _BAICHUAN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '{assistant}' }}{% endif %}"
 )
+# A single question stands alone; the code counts rounds from 0, and its tokenizer puts the two tokens at the end.
+_CHATGLM = (
+    "{% set turn = namespace(number=0) %}"
+    "{% for message in messages %}"
+    "{% if messages | length == 1 %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ '[Round ' ~ turn.number ~ ']\\n\u95ee\uff1a' + message['content'] + '\\n\u7b54\uff1a' }}"
+    "{% set turn.number = turn.number + 1 %}"
+    "{% else %}{{ message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[gMASK]<sop>' }}{% endif %}"
+)
 _CHATGLM2 = (
     "{{ '[gMASK]sop' }}{% set turn = namespace(number=0) %}"
     "{% for message in messages %}"
@@ -64,6 +76,7 @@ _CHATGLM3 = (
 TEMPLATES = (
     Template("Qwen-7B-Chat, qwen_generation_utils.py", "qwen", _CHATML, sign="chat_format", ends=("<|im_end|>",)),
     Template("Baichuan2-7B-Chat, generation_utils.py", "baichuan", _BAICHUAN, sign="user_token_id"),
+    Template("ChatGLM-6B, modeling_chatglm.py", "chatglm", _CHATGLM, name="chatglm-6b"),
     Template("ChatGLM2-6B, tokenization_chatglm.py", "chatglm", _CHATGLM2, name="chatglm2"),
     Template(
         "ChatGLM3-6B, tokenizer_config.json",

@@ -1,4 +1,4 @@
-"""The decoder of before LLaMA, that GPT-2, OPT and BLOOM share: LayerNorm, a bias on every linear, and no gate.
+"""The decoder of before LLaMA, that GPT-2, OPT, BLOOM and ChatGLM-6B share: LayerNorm, biases everywhere, no gate.
 
 Their configs have a name each for the same size, so sizes come as arguments.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from llmc.converters.reader import HARMLESS, Reader
 from llmc.converters.rules import SAME, Op, Rule
 from llmc.errors import UnsupportedModelError
-from llmc.spec import Attention, Mlp, ModelSpec, Norm, Position
+from llmc.spec import Attention, Mlp, ModelSpec, Norm, Position, Prefix
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 
@@ -45,12 +45,16 @@ def read_classic(
     norm_order: Literal["before", "after"] = "before",
     embedding_norm: bool = False,
     embedding_size: int | None = None,
+    residual_scale: float | None = None,
+    prefix: Prefix | None = None,
+    tied: bool = True,
     harmless: frozenset[str] = frozenset(),
 ) -> ModelSpec:
     """Read what is common, take the rest from the arguments, and refuse what is left over.
 
     Args:
         sizes: Hidden size, layers, heads.
+        tied: Where the config does not say.
         harmless: Settings of this family that change nothing.
 
     Raises:
@@ -67,14 +71,15 @@ def read_classic(
         hidden_size=hidden_size,
         num_layers=num_layers,
         max_positions=max_positions,
-        norm=Norm(kind="layer", eps=eps, order=norm_order, embedding=embedding_norm),
+        norm=Norm(kind="layer", eps=eps, order=norm_order, embedding=embedding_norm, residual_scale=residual_scale),
         position=position,
         attention=Attention(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=hidden_size // num_heads, qkv_bias=True, o_bias=True
         ),
         mlp=Mlp(intermediate_size=intermediate_size, activation=activation, gated=False, bias=True),
-        tied=reader.flag("tie_word_embeddings", default=True),
+        tied=reader.flag("tie_word_embeddings", default=tied),
         embedding_size=embedding_size,
+        prefix=prefix,
     )
     reader.done(HARMLESS | harmless)
     return spec

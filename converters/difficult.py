@@ -8,6 +8,7 @@ a model that answers a little worse.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 
 from llmc.errors import UnsupportedModelError
@@ -33,22 +34,24 @@ DIFFICULT = (
 )
 
 Encode = Callable[[str], Sequence[int]]
+Alike = Callable[[list[int], list[int]], bool]
 
 
-def difference(ours: Encode, theirs: Encode, more: Iterable[str] = ()) -> str | None:
+def difference(ours: Encode, theirs: Encode, more: Iterable[str] = (), *, alike: Alike = operator.eq) -> str | None:
     """The first text that becomes other ids, and these; None where all are the same.
 
     Args:
         more: Texts beside `DIFFICULT`, such as those with the tokenizer's own tokens.
+        alike: Which ids are as good as which.
     """
     for text in (*DIFFICULT, *more):
         met, expected = list(ours(text)), list(theirs(text))
-        if met != expected:
+        if not alike(met, expected):
             return f"{text!r} becomes {_short(met)} in place of {_short(expected)}"
     return None
 
 
-def check(ours: Encode, theirs: Encode, *, what: str, more: Iterable[str] = ()) -> None:
+def check(ours: Encode, theirs: Encode, *, what: str, more: Iterable[str] = (), alike: Alike = operator.eq) -> None:
     """Refuse a conversion that is not exact.
 
     Args:
@@ -57,7 +60,7 @@ def check(ours: Encode, theirs: Encode, *, what: str, more: Iterable[str] = ()) 
     Raises:
         UnsupportedModelError: A text becomes other ids; names it.
     """
-    if found := difference(ours, theirs, more):
+    if found := difference(ours, theirs, more, alike=alike):
         raise UnsupportedModelError(f"{what} cannot be converted exactly: {found}")
 
 

@@ -1,8 +1,9 @@
 """The tokenizer in a GGUF file's metadata, as the files of a Hugging Face tokenizer.
 
-Two kinds exist for the families that llmc has: "gpt2", byte-level BPE with its merges, cut into words beforehand by
-the expression that `tokenizer.ggml.pre` names; and "llama", SentencePiece BPE, whose merges are found from the scores
-of its tokens. What a token is comes from its type in the file:
+Three kinds exist for the families that llmc has: "gpt2", byte-level BPE with its merges, cut into words beforehand by
+the expression that `tokenizer.ggml.pre` names; "llama", SentencePiece BPE, whose merges are found from the scores of
+its tokens; and "t5", SentencePiece unigram, whose scores are log-probabilities. What a token is comes from its type in
+the file:
 
     normal, byte        a piece of text                  user defined    added, found in text before all else
     control, unknown    added, special: not text         unused          nothing, at the end of the vocabulary
@@ -27,6 +28,13 @@ from llmc.log import logger
 
 _KEY = "tokenizer.ggml."
 _SPACE = "\u2581"  # SentencePiece's visible space
+_UNIGRAM = "t5"
+
+# Not GGUF's: text -> token that is written in its place before a text is cut.
+WRITTEN = "llmc.written"
+
+# A score that nothing is taken for: what is no text to SentencePiece.
+_NEVER = -1e6
 
 # Tokens that end a turn or a text, whatever else a file says of them. The file names one; chat models have several.
 _ENDS = frozenset(
@@ -145,7 +153,8 @@ def build(metadata: Mapping[str, Any], *, where: object) -> Tokenizer:
                 single_word=token.isalpha() and token_type == TokenType.CONTROL,
             )
             for token, token_type in zip(tokens, types, strict=True)
-            if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+            if token_type in (TokenType.CONTROL, TokenType.UNKNOWN)
+            or (token_type == TokenType.USER_DEFINED and kind != _UNIGRAM)
         ]
         tokenizer.add_tokens(added)
     except (CheckpointError, UnsupportedModelError):
@@ -229,23 +238,64 @@ def _sentencepiece(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: object
 ) -> tuple[Tokenizer, bool]:
     """LLaMA 1 and 2's kind: unknown characters become bytes, spaces are visible, a space begins every text."""
-    scores = metadata.get(_KEY + "scores")
-    if not isinstance(scores, list) or len(scores) < len(tokens):
-        raise CheckpointError(f"{where}: {_KEY}scores does not have one score for each of {len(tokens)} tokens")
     pieces = {
         token: score
-        for token, score, token_type in zip(tokens, scores, types, strict=False)
+        for token, score, token_type in zip(tokens, _scores(metadata, tokens, where), types, strict=False)
         if token_type in (TokenType.NORMAL, TokenType.UNUSED)
     }
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN), None)
     model = models.BPE(_numbered(tokens), merges_of(pieces), byte_fallback=True, fuse_unk=True, unk_token=unknown)
-    tokenizer = Tokenizer(model)
-    has_prefix = metadata.get(_KEY + "add_space_prefix", True)
+    return _with_visible_spaces(Tokenizer(model), metadata), True
+
+
+def _unigram(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: object
+) -> tuple[Tokenizer, bool]:
+    """ChatGLM-6B's kind: the pieces that are likeliest together."""
+    scores = _scores(metadata, tokens, where)
+    best = max((score for score, kind in zip(scores, types, strict=False) if kind == TokenType.NORMAL), default=0.0)
+    pieces = [
+        (
+            token,
+            score if kind == TokenType.NORMAL else _bonus(token, best) if kind == TokenType.USER_DEFINED else _NEVER,
+        )
+        for token, score, kind in zip(tokens, scores, types, strict=False)
+    ]
+    unknown = next((number for number, kind in enumerate(types) if kind == TokenType.UNKNOWN), None)
+    model = models.Unigram(pieces, unk_id=unknown, byte_fallback=TokenType.BYTE in types)
+    return _with_visible_spaces(Tokenizer(model), metadata), False
+
+
+def _bonus(token: str, best: float) -> float:
+    """The score by which a user's own token is all but always taken (SentencePiece, unigram_model.cc)."""
+    return len(token.encode()) * best - 0.1
+
+
+def _scores(metadata: Mapping[str, Any], tokens: Sequence[str], where: object) -> list[float]:
+    scores = metadata.get(_KEY + "scores")
+    if not isinstance(scores, list) or len(scores) < len(tokens):
+        raise CheckpointError(f"{where}: {_KEY}scores does not have one score for each of {len(tokens)} tokens")
+    return scores
+
+
+def _with_visible_spaces(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Let a tokenizer treat text as SentencePiece does, before it is cut and when it is put together again."""
+    written: Mapping[str, str] = metadata.get(WRITTEN, {})
+    has_prefix, charsmap = metadata.get(_KEY + "add_space_prefix", True), metadata.get(_KEY + "precompiled_charsmap")
+    before: list[Any] = [normalizers.Replace(plain, token) for plain, token in written.items()]
+    if charsmap:
+        precompiled = normalizers.Precompiled(bytes(charsmap))
+        # The package takes a return before a line end for one character with it, and SentencePiece for one of its own.
+        before += [normalizers.Replace("\r", precompiled.normalize_str("\r")), precompiled]
+    if metadata.get(_KEY + "remove_extra_whitespaces"):
+        before += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    before += [normalizers.Prepend(_SPACE)] * has_prefix
     visible = normalizers.Replace(" ", _SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), visible]) if has_prefix else visible
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = normalizers.Sequence([*before, visible]) if before else visible
+    steps: list[Any] = [decoders.Replace(token, plain) for plain, token in {" ": _SPACE, **written}.items()]
+    steps += [decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if has_prefix else steps)
-    return tokenizer, True
+    return tokenizer
 
 
 def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -263,7 +313,7 @@ def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in found]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, _UNIGRAM: _unigram}
 
 
 def surround(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str] = ()) -> None:

@@ -223,7 +223,7 @@ def _write_config(found: Checkpoint, family: Family, spec: ModelSpec, work: Path
         config = family.write(spec) | {"dtype": dtype, "torch_dtype": dtype}
         generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.
-        config |= {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}
+        config |= {key: generation.get(key, config.get(key)) for key in hf_tokenizer.TOKEN_IDS}
         (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     elif found.manifest.settings.get("dtype", "keep") == "keep":
         shutil.copyfile(source / CONFIG, work / CONFIG)

@@ -8,6 +8,7 @@ model without a template gets its authors' (chat_templates.py).
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llmc import checkpoint
-from llmc.converters import chat_templates, difficult, gguf_tokenizer, json_file, sentencepiece_model, tiktoken_model
+from llmc.converters import (
+    chat_templates,
+    chatglm_tokens,
+    difficult,
+    gguf_tokenizer,
+    json_file,
+    sentencepiece_model,
+    tiktoken_model,
+)
 from llmc.converters.gguf_tokenizer import TokenType
 from llmc.errors import CheckpointError
 from llmc.log import logger
@@ -24,11 +33,6 @@ GENERATION, TEMPLATE, CONFIG = "generation_config.json", "chat_template.jinja", 
 SENTENCEPIECE = "tokenizer.model"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _KEY = "tokenizer.ggml."
-
-# Tokens that ChatGLM's code adds behind SentencePiece's own; the last four came with ChatGLM3.
-_CHATGLM = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-_CHATGLM_BEFORE = ("[gMASK]", "sop")
 
 
 def copy(source: Path, target: Path, config: Mapping[str, Any]) -> None:
@@ -88,12 +92,11 @@ def _from_sentencepiece(model: Path, path: Path, config: Mapping[str, Any]) -> N
     source = model.parent
     metadata, words = sentencepiece_model.read(model), _words(source)
     tokens, types = metadata[_KEY + "tokens"], metadata[_KEY + "token_type"]
-    is_chatglm = config.get("model_type") == "chatglm"
+    more = chatglm_tokens.of(config, words, tokens)
+    more.apply(metadata)
     added = _added(source, words)
-    if is_chatglm and not added:
-        has_roles = "chatglm2" not in str(config.get("_name_or_path")).lower()
-        names = _CHATGLM + (_ROLES if has_roles else ())
-        added = {number: (token, True) for number, token in enumerate(names, start=len(tokens))}
+    if not added:
+        added = {number: (token, True) for number, token in enumerate(more.added, start=len(tokens))}
     for number, (token, is_special) in sorted(added.items()):
         kind = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
         if number == len(tokens):
@@ -112,14 +115,16 @@ def _from_sentencepiece(model: Path, path: Path, config: Mapping[str, Any]) -> N
         # LlamaTokenizer's defaults, in the transformers of that time.
         metadata[f"{_KEY}add_{name}"] = bool(words.get(f"add_{name}", name == "bos_token"))
     tokenizer = gguf_tokenizer.build(metadata, where=model)
-    if theirs := sentencepiece_model.original(model):
-        _compare(tokenizer, theirs, model)
-    if is_chatglm:
-        gguf_tokenizer.surround(tokenizer, _CHATGLM_BEFORE)
+    if theirs := sentencepiece_model.original(model, more.pieces):
+        _compare(tokenizer, more.around(theirs), model, alike=sentencepiece_model.as_likely(metadata))
+    if more.before or more.after:
+        gguf_tokenizer.surround(tokenizer, more.before, more.after)
     tokenizer.save(str(path))
 
 
-def _compare(tokenizer: Tokenizer, theirs: Callable[[str], list[int]], model: Path) -> None:
+def _compare(
+    tokenizer: Tokenizer, theirs: Callable[[str], list[int]], model: Path, *, alike: difficult.Alike = operator.eq
+) -> None:
     """Compare with the original on difficult texts; not on those that hold what only one of them knows as a token."""
     known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     # SentencePiece has this character for a space, and ends a text at the other.
@@ -128,6 +133,7 @@ def _compare(tokenizer: Tokenizer, theirs: Callable[[str], list[int]], model: Pa
         lambda text: [] if text in skipped else tokenizer.encode(text, add_special_tokens=False).ids,
         lambda text: [] if text in skipped else theirs(text),
         what=str(model),
+        alike=alike,
     )
 
 

@@ -68,3 +68,24 @@ def _by_heads(parts: Sequence[Array], spec: ModelSpec) -> Array:
 
 # q, k and v (or their biases) of the first head, then of the second, and so on: as many of each as there are heads.
 BY_HEADS = Op(split=_of_heads, join=_by_heads, source_shape=_stacked_shape)
+
+
+def _middle_quarters_exchanged(part: Array, spec: ModelSpec) -> Array:
+    heads = part.reshape(spec.attention.num_heads, 4, spec.attention.head_dim // 4, *part.shape[1:])
+    exchanged: Array = heads[:, [0, 2, 1, 3]].reshape(part.shape)
+    return exchanged
+
+
+def _on_two_axes(parts: Sequence[Array], spec: ModelSpec) -> list[Array]:
+    q, k, v = parts
+    return [_middle_quarters_exchanged(q, spec), _middle_quarters_exchanged(k, spec), v]
+
+
+# As BY_HEADS, of a source where each half of a head is turned on an axis of its own, its quarters forming the pairs:
+# here the halves of the whole head form them, the first axis' pairs before the second's. Scores are the same, since q
+# and k are both put into another order; and what exchanges two quarters also puts them back.
+BY_HEADS_ON_TWO_AXES = Op(
+    split=lambda source, shapes, spec: _on_two_axes(_of_heads(source, shapes, spec), spec),
+    join=lambda parts, spec: _by_heads(_on_two_axes(parts, spec), spec),
+    source_shape=_stacked_shape,
+)

@@ -83,6 +83,7 @@ class Family:
         positions: The kinds of position (llmc/spec.py) that its models have.
         native: Another family, whose class in transformers computes what most models of this one compute; transformers
             has no class for this one then.
+        sign: A setting that its configs switch on, where another family has the same architectures.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Family:
     prefix: str = ""
     positions: tuple[str, ...] = ("rope",)
     native: str = ""
+    sign: str = ""
 
 
 # Called as (what is being done, tensors done, tensors in all).

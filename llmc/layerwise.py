@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmc.checkpoint import Checkpoint
-from llmc.model import Decoder, Layer, Rotation, tensor
+from llmc.model import Decoder, Layer, Place, tensor
 from llmc.names import TAIL, parts
 from llmc.runtime import Tokens
 
@@ -85,7 +85,7 @@ class Walker:
         with torch.device("meta"):
             self.decoder = Decoder(checkpoint.spec).requires_grad_(False).eval()
         self._parts = parts(checkpoint.spec)
-        self._rotations: dict[int, list[Rotation]] = {}
+        self._places: list[list[Place]] = []  # of each window
 
     def load(self, part: str) -> nn.Module:
         """Read a part; returns the layer, or the whole decoder for the front and the tail."""
@@ -108,24 +108,32 @@ class Walker:
     @torch.inference_mode()
     def enter(self, windows: Sequence[Tokens], limit: int = IN_MEMORY) -> States:
         """The states before the first layer; the front must be loaded."""
-        return States((self._enter(window) for window in windows), limit)
+        self._places = []
+        # Windows that are alike share what is known of their places.
+        known: dict[object, list[Place]] = {}
+        return States((self._enter(torch.from_numpy(window)[None], known) for window in windows), limit)
 
-    def _enter(self, window: Tokens) -> Tensor:
-        x, self._rotations[len(window)] = self.decoder.enter(torch.from_numpy(window)[None])
+    def _enter(self, window: Tensor, known: dict[object, list[Place]]) -> Tensor:
+        x, places = self.decoder.enter(window)
+        self._places.append(known.setdefault((window.shape, self.decoder.spans(window)), places))
         return x
 
     @torch.inference_mode()
-    def through(self, layer: nn.Module, state: Tensor) -> Tensor:
-        """One window through a layer that is loaded."""
+    def through(self, layer: nn.Module, state: Tensor, window: int) -> Tensor:
+        """One window through a layer that is loaded.
+
+        Args:
+            window: Which of those that entered it is.
+        """
         if not isinstance(layer, Layer):
             raise TypeError(f"{type(layer).__name__} is not a layer")
-        out: Tensor = layer(state, self._rotations[state.shape[1]][layer.attn.layer], None)
+        out: Tensor = layer(state, self._places[window][layer.attn.layer], None)
         return out
 
     def advance(self, layer: nn.Module, states: States) -> None:
         """All windows through a layer that is loaded."""
         for index, state in enumerate(states):
-            states[index] = self.through(layer, state)
+            states[index] = self.through(layer, state, index)
 
     def observe(self, part: str, layer: nn.Module, states: States, linears: Iterable[str], see: See) -> dict[str, str]:
         """Run a layer that is loaded, and look at what goes into its linears; the states stay as they are.
@@ -156,8 +164,8 @@ class Walker:
             for name in linears
         ]
         try:
-            for state in states:
-                self.through(layer, state)
+            for index, state in enumerate(states):
+                self.through(layer, state, index)
                 met.clear()
         finally:
             for hook in hooks:

@@ -7,6 +7,8 @@
                  └───────────────────────────────────────────┘   └─────────────────────────────────────┘
     or:       x ─┬─► attn ─(+)─► attn_norm ─┬─► mlp ─(+)─► mlp_norm ─►
                  └──────────┘               └─────────┘
+    or:       x ─► attn_norm ─┬─► attn ─(+)─► mlp_norm ─┬─► mlp ─(+)─►
+                              └─(* scale)┘              └─(* scale)┘
 
     attn:     ─┬─► q ─► [q_norm] ─► [rotate] ─────────────┐
                ├─► k ─► [k_norm] ─► [rotate] ─► [int8] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
@@ -26,16 +28,18 @@ Does not know: families, text, sampling.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmc import alibi, names, rope
+from llmc import alibi, names, prefix, rope
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
+from llmc.prefix import Span
 from llmc.quant import pack
 from llmc.spec import Alibi, Learned, ModelSpec, Moe, Rope
 
@@ -46,17 +50,33 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
 }
 
-# cos and sin of the positions of the new tokens, [new, pairs]; None where no head is turned.
+# cos and sin of the positions of the new tokens, [new, pairs] or [batch, 1, new, pairs]; None where no head is turned.
 Rotation = tuple[Tensor, Tensor] | None
+
+
+class Place(NamedTuple):
+    """Where the new tokens stand, for one layer.
+
+    Attributes:
+        prefix: How many of each row's first tokens every token sees, int64 [batch]; None where it sees what stands
+            before it alone.
+    """
+
+    rotation: Rotation
+    prefix: Tensor | None = None
 
 
 class KVCache:
     """Keys (after the rotation) and values of the tokens seen so far, of a batch whose rows are equally long.
 
     Sequences of different lengths have a cache each.
+
+    Attributes:
+        spans: The prefix of each row; empty before the first tokens, which must hold it whole.
     """
 
     def __init__(self) -> None:
+        self.spans: tuple[Span, ...] = ()
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -125,18 +145,20 @@ class Attention(nn.Module):
         self.register_buffer("k_scale", None)
         self.register_buffer("v_scale", None)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         """x [batch, new, hidden]."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = (rotate(y, *rotation, interleaved=self.interleaved) for y in (q, k))
+        if place.rotation is not None:
+            q, k = (rotate(y, *place.rotation, interleaved=self.interleaved) for y in (q, k))
         if self.k_scale is not None and self.v_scale is not None:
             k, v = through_int8(k, self.k_scale), through_int8(v, self.v_scale)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         mask = visible(q.shape[2], k.shape[2], self.window, x.device)
+        if place.prefix is not None:
+            mask = mask | (torch.arange(k.shape[2], device=x.device) < place.prefix[:, None, None, None])
         if self.has_alibi:
             mask = linear_biases(q.shape[1], mask).to(x)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
@@ -149,7 +171,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Turn the pairs of x [..., new, head_dim] by their angles [new, pairs]; what is in no pair stays."""
+    """Turn the pairs of x [..., new, head_dim] by their angles [..., new, pairs]; what is in no pair stays."""
     first, second, rest = pairs(x, cos.shape[-1], interleaved=interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
     return from_pairs(*turned, rest, interleaved=interleaved)
@@ -177,12 +199,15 @@ def visible(new: int, length: int, window: int | None, device: torch.device | No
 
 
 def linear_biases(num_heads: int, mask: Tensor) -> Tensor:
-    """ALiBi: what is added to scores [heads, new, length], minus infinity where `mask` [new, length] is False."""
-    new, length = mask.shape
+    """ALiBi: what is added to scores [..., heads, new, length], minus infinity where `mask` [..., new, length] is not.
+
+    A mask of several rows has 1 in the place of heads.
+    """
+    new, length = mask.shape[-2:]
     keys = torch.arange(length, device=mask.device)
     distances = keys[length - new :, None] - keys
     slopes = torch.from_numpy(alibi.slopes(num_heads)).to(mask.device)
-    return (-slopes[:, None, None] * distances).masked_fill(~mask, -torch.inf)
+    return torch.where(mask, -slopes[:, None, None] * distances, -torch.inf)
 
 
 def through_int8(x: Tensor, scale: Tensor) -> Tensor:
@@ -240,7 +265,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.norms_after = spec.norm.order == "after"
+        self.norms_after, self.residual_scale = spec.norm.order == "after", spec.norm.residual_scale
         self.attn_norm = norm(spec, spec.hidden_size)
         self.attn = Attention(spec, layer)
         self.mlp_norm = norm(spec, spec.hidden_size)
@@ -250,13 +275,17 @@ class Layer(nn.Module):
         self.mixer = "moe" if moe else "mlp"
         self.add_module(self.mixer, Mixture(spec, moe) if moe else Mlp(spec, spec.mlp.intermediate_size))
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         mixer = self.get_submodule(self.mixer)
         if self.norms_after:
-            x = self.attn_norm(x + self.attn(x, rotation, cache))
+            x = self.attn_norm(x + self.attn(x, place, cache))
             out: Tensor = self.mlp_norm(x + mixer(x))
+        elif self.residual_scale:
+            x = self.attn_norm(x)
+            x = self.mlp_norm(x * self.residual_scale + self.attn(x, place, cache))
+            out = x * self.residual_scale + mixer(x)
         else:
-            x = x + self.attn_post_norm(self.attn(self.attn_norm(x), rotation, cache))
+            x = x + self.attn_post_norm(self.attn(self.attn_norm(x), place, cache))
             out = x + self.mlp_post_norm(mixer(self.mlp_norm(x)))
         return out
 
@@ -281,12 +310,14 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """Logits of every token.
 
-        Rows of different lengths are padded on the right with any token: no token sees what comes after it, so the
-        rows' own logits stay as they are, and those of the padding mean nothing.
+        Rows of different lengths are padded on the right with any token (but the end of a prefix, where the model
+        has these): no token sees what comes after it or after the prefix, so the rows' own logits stay as they are,
+        and those of the padding mean nothing.
 
         Args:
             tokens: int64 [batch, new].
-            cache: What the same rows have computed before; the new tokens are added to it.
+            cache: What the same rows have computed before; the new tokens are added to it. The first must hold the
+                whole prefix and its end, where there is one.
             context: Tokens of the whole context, for rope scalings that depend on it. By default all tokens up to
                 now, as transformers has it; to compute in chunks what a whole forward gives, pass the whole length.
 
@@ -297,17 +328,23 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """As `forward`, up to what the head reads: [batch, new, hidden_size (or embedding_size)]."""
-        x, rotations = self.enter(tokens, cache.length if cache else 0, context)
-        for layer, rotation in zip(self.layers, rotations, strict=True):
-            x = layer(x, rotation, cache)
+        x, places = self.enter(tokens, cache, context)
+        for layer, place in zip(self.layers, places, strict=True):
+            x = layer(x, place, cache)
         return self.leave(x)
 
-    def enter(self, tokens: Tensor, past: int = 0, context: int | None = None) -> tuple[Tensor, list[Rotation]]:
-        """What goes into the first layer, and the rotation of each layer.
+    def spans(self, tokens: Tensor) -> tuple[Span, ...]:
+        """The prefix of each row, int64 [batch, length]."""
+        return tuple(prefix.find(self.spec.prefix, row) for row in tokens.cpu().numpy())
 
-        Args:
-            past: Tokens before these.
-        """
+    def enter(
+        self, tokens: Tensor, cache: KVCache | None = None, context: int | None = None
+    ) -> tuple[Tensor, list[Place]]:
+        """What goes into the first layer, and where the tokens stand for each layer; see `forward`."""
+        past = cache.length if cache else 0
+        spans = cache.spans if cache and past else self.spans(tokens)
+        if cache:
+            cache.spans = spans
         length = past + tokens.shape[1]
         x = self.embed(tokens) * self.spec.embedding_scale
         if self.embed_in is not None:
@@ -317,22 +354,27 @@ class Decoder(nn.Module):
         if isinstance(self.spec.position, Learned):
             offset = self.spec.position.offset
             x = x + self.positions(torch.arange(past + offset, length + offset, device=tokens.device))
-        return x, self._rotations(past, length, context, like=x)
+        sees = torch.tensor([span.length for span in spans], device=x.device) if self.spec.prefix else None
+        return x, [Place(rotation, sees) for rotation in self._rotations(spans, past, length, context, like=x)]
 
     def leave(self, x: Tensor) -> Tensor:
         """What comes out of the last layer, made ready for the head."""
         out: Tensor = x if self.norm is None else self.norm(x)
         return out if self.embed_out is None else self.embed_out(out)
 
-    def _rotations(self, past: int, length: int, context: int | None, *, like: Tensor) -> list[Rotation]:
+    def _rotations(
+        self, spans: Sequence[Span], past: int, length: int, context: int | None, *, like: Tensor
+    ) -> list[Rotation]:
         """Of each layer; they share what is the same."""
         if not isinstance(self.spec.position, Rope):
             return [None] * self.spec.num_layers
         ropes = [self.spec.rope_of(layer) for layer in range(self.spec.num_layers)]
         made: dict[Rope, Rotation] = {}
         for one in dict.fromkeys(ropes):
-            cos, sin = rope.rotary_table(self.spec, length, context=context, of=one)
-            made[one] = torch.from_numpy(cos[past:]).to(like), torch.from_numpy(sin[past:]).to(like)
+            # On the second of two axes, tokens without a prefix stand one place further.
+            tables = rope.rotary_table(self.spec, length + one.axes - 1, context=context or length, of=one)
+            cos, sin = (torch.from_numpy(_of_tokens(table, one, spans, past, length)).to(like) for table in tables)
+            made[one] = cos, sin
         return [made[one] for one in ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -351,6 +393,14 @@ class Decoder(nn.Module):
         for name, scale in scales.items():
             module, _, buffer = name.rpartition(".")
             self.get_submodule(module).register_buffer(buffer, scale)
+
+
+def _of_tokens(table: rope.Floats, of: Rope, spans: Sequence[Span], past: int, length: int) -> rope.Floats:
+    """The rows of a rotary table for tokens `past` to `length`: [new, pairs], or of two axes [batch, 1, new, pairs]."""
+    if of.axes == 1:
+        return table[past:]
+    rows = [np.concatenate([table[axis] for axis in prefix.places(span, past, length - past)], -1) for span in spans]
+    return np.stack(rows)[:, None]
 
 
 def load(checkpoint: Checkpoint) -> Decoder:

@@ -171,9 +171,9 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
         readers = tuple(f"{mlp}.{name}" for mlp in mlps for name in inputs_of_mlp(spec))
         shared = spec.attention.num_heads // spec.attention.num_kv_heads
         groups.append(SmoothingGroup(f"{attn}.v", (f"{attn}.o",), repeat=shared))
-        # A norm that stands after an addition is read by the next addition as well, and a factor of 1 + weight is none
-        # of the weight.
-        if spec.norm.order != "after" and not spec.norm.plus_one:
+        # A norm that stands after an addition, or goes on as the residual stream, is read by the next addition as well,
+        # and a factor of 1 + weight is none of the weight.
+        if spec.norm.order != "after" and not spec.norm.plus_one and not spec.norm.residual_scale:
             groups += [
                 SmoothingGroup(f"{attn}_norm", (f"{attn}.q", f"{attn}.k", f"{attn}.v")),
                 SmoothingGroup(f"layers.{layer}.mlp_norm", readers + _routers(spec, layer)),

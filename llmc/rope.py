@@ -36,10 +36,12 @@ def rotary_table(
         of: One of the model's rotary embeddings, where layers with a window have their own; by default the others'.
 
     Returns:
-        cos, sin: float32 [length, pairs of a head that are turned].
+        cos, sin: float32 [length, pairs of a head that are turned]; of two axes, the pairs of either.
     """
     rope = of or spec.rope
-    frequencies, factor = inverse_frequencies(rope, rope.size(spec.attention.head_dim), context or length)
+    frequencies, factor = inverse_frequencies(rope, rope.size(spec.attention.head_dim) // rope.axes, context or length)
+    if rope.half:
+        frequencies = _rounded(frequencies.astype(np.float16))
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
     return _rounded(np.cos(angles.astype(np.float64))) * factor, _rounded(np.sin(angles.astype(np.float64))) * factor
 

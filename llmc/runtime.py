@@ -32,12 +32,15 @@ class Limits:
         max_length: Tokens of one sequence, prompt and output together.
         cache_tokens: Tokens of all claimed sequences together.
         vocab_size: Width of a row of logits.
+        prefix_end: All tokens of a sequence before its first `prefix_end` see each other. So its first chunk holds
+            them and that token, or none is there at all; None where chunks may be cut anywhere.
     """
 
     max_sequences: int
     max_length: int
     cache_tokens: int
     vocab_size: int
+    prefix_end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class Norm(Strict):
         order: Of each attention and each MLP the input is normalised, and so is what the last layer gives ("before");
             or the sum of its output and the residual stream is, and nothing at the end ("after", as in Vaswani et al.
             2017); or as "before", and its output as well before it is added ("both").
+        residual_scale: Outputs are added to the normalised input times this, in place of the input as it came
+            (DeepNorm, Wang et al. 2022, as GLM-130B has it, Zeng et al. 2022); None: to the input.
     """
 
     kind: Literal["rms", "layer"] = "rms"
@@ -33,11 +35,18 @@ class Norm(Strict):
     embedding: bool = False
     plus_one: bool = False
     order: Literal["before", "after", "both"] = "before"
+    residual_scale: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _only_rms_plus_one(self) -> Norm:
         if self.plus_one and self.kind != "rms":
             raise ValueError(f"'plus_one' does not go with a norm of kind '{self.kind}'")
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_normalised_input_is_scaled(self) -> Norm:
+        if self.residual_scale and self.order != "before":
+            raise ValueError(f"'residual_scale' does not go with norms that stand '{self.order}'")
         return self
 
 
@@ -101,6 +110,9 @@ class Rope(Strict):
         fraction: How much of a head is turned: its first dimensions.
         interleaved: Neighbours form the pairs; else the halves of what is turned do.
         window_theta: The base in layers with a sliding window, where nothing is scaled; None: they are as the others.
+        axes: Of two, the first half of the pairs turns by a token's place in the prefix, the other by its place behind
+            it (llmc/prefix.py); both have the same frequencies.
+        half: Frequencies are rounded to float16, as ChatGLM-6B's authors keep them.
     """
 
     kind: Literal["rope"] = "rope"
@@ -109,6 +121,8 @@ class Rope(Strict):
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     interleaved: bool = False
     window_theta: PositiveFloat | None = None
+    axes: Literal[1, 2] = 1
+    half: bool = False
 
     def size(self, head_dim: int) -> int:
         """How many dimensions of a head are turned."""
@@ -131,6 +145,20 @@ class Alibi(Strict):
     head (llmc/alibi.py)."""
 
     kind: Literal["alibi"] = "alibi"
+
+
+class Prefix(Strict):
+    """A prefix that sees itself whole: all tokens before the first `end`. That and all after it see what stands before
+    them, as ever (GLM, Du et al. 2022, 2.1). Text without an `end` has no prefix.
+
+    Attributes:
+        end: A token.
+        marks: Tokens that stand for what is to be written. The first of them that the prefix holds says where on the
+            first of two axes the tokens behind the prefix stand; without one it is the prefix's last place.
+    """
+
+    end: NonNegativeInt
+    marks: tuple[NonNegativeInt, ...] = ()
 
 
 Position = Annotated[Rope | Learned | Alibi, Field(discriminator="kind")]
@@ -216,6 +244,7 @@ class ModelSpec(Strict):
         embedding_size: Width of the embedding and of the head, where linears lead from it to the hidden size and back;
             None where it is the hidden size.
         embedding_scale: Embeddings are multiplied by it.
+        prefix: What of a text sees itself whole; None where no token sees what comes after it.
     """
 
     family: str
@@ -232,6 +261,7 @@ class ModelSpec(Strict):
     normalised_head: bool = False
     embedding_size: PositiveInt | None = None
     embedding_scale: PositiveFloat = 1.0
+    prefix: Prefix | None = None
 
     @model_validator(mode="after")
     def _experts_are_gated(self) -> ModelSpec:
@@ -243,8 +273,16 @@ class ModelSpec(Strict):
     def _turned_in_pairs(self) -> ModelSpec:
         if isinstance(self.position, Rope):
             size = self.position.size(self.attention.head_dim)
-            if size < 2 or size % 2:
+            if size < 2 or size % (2 * self.position.axes):
                 raise ValueError(f"{size} of {self.attention.head_dim} dimensions of a head cannot be turned in pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes(self) -> ModelSpec:
+        if self.prefix and self.attention.window is not None:
+            raise ValueError("a prefix that sees itself whole does not go with a sliding window")
+        if self.prefix is None and isinstance(self.position, Rope) and self.position.axes == 2:
+            raise ValueError("positions on two axes are those of a model with a prefix")
         return self
 
     def experts(self, layer: int) -> Moe | None:
@@ -256,7 +294,7 @@ class ModelSpec(Strict):
         rope = self.rope
         if rope.window_theta is None or self.window(layer) is None:
             return rope
-        return Rope(theta=rope.window_theta, fraction=rope.fraction, interleaved=rope.interleaved)
+        return rope.model_copy(update={"theta": rope.window_theta, "scaling": None, "window_theta": None})
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, None where it sees everything."""

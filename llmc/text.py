@@ -32,8 +32,9 @@ def read(path: Path) -> str:
 def windows(text: str, tokenizer: Tokenizer, length: int, *, limit: int | None = None) -> list[Tokens]:
     """Cut a text into windows that do not overlap.
 
-    Each begins with the special tokens that the tokenizer puts before a text (Llama's `<s>`, none for Qwen), since
-    such models never saw a context without. A last piece of a single token is dropped: it predicts nothing.
+    Each begins with the special tokens that the tokenizer puts before a text (Llama's `<s>`, none for Qwen), or before
+    what continues one (ChatGLM-6B's `[gMASK]<sop>`), since such models never saw a context without. A last piece of a
+    single token is dropped: it predicts nothing.
 
     Args:
         length: Tokens of a window, special ones included.
@@ -58,6 +59,8 @@ def windows(text: str, tokenizer: Tokenizer, length: int, *, limit: int | None =
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens in front of every text."""
-    ids = tokenizer.encode("a", add_special_tokens=True)
-    return ids[: next((at for at, token in enumerate(ids) if token not in tokenizer.special_ids), 0)]
+    """The special tokens in front of every text, or of what continues one; not those that end it."""
+    ids, plain = tokenizer.encode("a", add_special_tokens=True), tokenizer.encode("a", add_special_tokens=False)
+    added = len(ids) - len(plain)
+    before = next((at for at in range(added + 1) if ids[at : at + len(plain)] == plain), 0)
+    return ids[:before] or [token for token in ids[len(plain) :] if token not in tokenizer.eos_ids]

@@ -282,6 +282,9 @@ class Engine:
         """The length at which the request's sequences end; raises UserError for what this model cannot do."""
         limit = self._scheduler.limit(len(request.prompt), request.max_tokens)
         sampling, vocab = request.sampling, self.limits.vocab_size
+        end = self.limits.prefix_end
+        if end is not None and end not in request.prompt:
+            raise UserError(f"the prompt has no token {end}, behind which this model answers", param="prompt")
         named: dict[str, Iterable[int]] = {
             "prompt": request.prompt,
             "logit_bias": sampling.logit_bias,
@@ -300,8 +303,9 @@ class Engine:
 
     def _choices(self, requests: Iterable[Request], limits: list[int], handle: Handle) -> list[Choice]:
         choices: list[Choice] = []
+        end = self.limits.prefix_end
         for request, limit in zip(requests, limits, strict=True):
-            sampling = request.sampling
+            sampling, uncut = request.sampling, 0 if end is None else request.prompt.index(end) + 1
             endless = sampling.ignore_eos and request.grammar is None
             own = frozenset() if endless else self.tokenizer.eos_ids
             ends = frozenset(each for each in own.union(sampling.stop_token_ids) if each < self.limits.vocab_size)
@@ -314,6 +318,7 @@ class Engine:
                 choices.append(
                     Choice(sequence_id, request, limit, index, handle=handle, position=position, text=text, ends=ends)
                 )
+                choices[-1].uncut = uncut
         return choices
 
     def _give_up(self, handle: Handle, error: LlmcError | None) -> None:

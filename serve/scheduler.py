@@ -7,6 +7,9 @@ decoding sequence's is one, and nothing else tells the two apart. In this order 
     2. running sequences that lack more: prompts cut into chunks,
     3. waiting sequences, by priority and then first come first served: nobody overtakes the first in the queue.
 
+Of some models a prompt cannot be cut. Such a one waits for a step with room for it, or with no other prompt in it: then
+it may exceed the budget.
+
 The cache is never asked to hold more than it can. When the running sequences outgrow it, the last in that order gives
 up its place and goes back into the queue with its tokens, to be computed again: the first always goes on, so every
 sequence ends, unless more urgent ones never cease to come.
@@ -66,7 +69,8 @@ class Budget:
         max_sequences: Sequences that run at a time.
         max_length: Tokens of one sequence.
         cache_tokens: Tokens of all running sequences together.
-        step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once.
+        step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once. Only a
+            single prompt that cannot be cut may exceed it.
         max_waiting: Sequences in the queue, when the batch is full.
         max_waiting_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
             fits the model.
@@ -183,12 +187,14 @@ class Scheduler(Generic[S]):
                 work.append(_next_work(sequence, 1))
             else:
                 prompts.append(sequence)
-        left = self.budget.step_tokens - len(work)
+        decoding, left = len(work), self.budget.step_tokens - len(work)
         for sequence in prompts:
             if left:
                 work.append(_next_work(sequence, left))
                 left -= work[-1].length
-        while left and self.waiting and self._fits(self.waiting[0]):
+        while left > 0 and self.waiting and self._fits(self.waiting[0]):
+            if self.waiting[0].uncut > left and len(work) > decoding:
+                break
             work.append(_next_work(self._admit(), left))
             left -= work[-1].length
         return work
@@ -230,7 +236,7 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 
 def _next_work(sequence: S, most: int) -> Work[S]:
     missing = len(sequence.tokens) - sequence.computed
-    count = min(missing, most)
+    count = min(missing, max(most, sequence.uncut - sequence.computed))
     if sequence.request.prompt_logprobs and sequence.prefilling:
         return Work(sequence, sequence.computed, count, count)
     return Work(sequence, sequence.computed, count, int(count == missing))

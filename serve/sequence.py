@@ -26,10 +26,13 @@ class Sequence:
         tokens: The prompt and what was generated.
         computed: How many of them are in the runner's cache; it chases `len(tokens)`.
         limit: `len(tokens)` may not grow beyond this.
+        uncut: So many of its first tokens are computed in one step, or were already.
         finish_reason: None until it is finished.
     """
 
-    __slots__ = ("computed", "finish_reason", "id", "index", "limit", "num_prompt", "request", "state", "tokens")
+    __slots__ = (
+        "computed", "finish_reason", "id", "index", "limit", "num_prompt", "request", "state", "tokens", "uncut"
+    )  # fmt: skip
 
     def __init__(self, sequence_id: int, request: Request, limit: int, *, index: int = 0) -> None:
         self.id = sequence_id
@@ -38,6 +41,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.num_prompt = len(self.tokens)
         self.limit = limit
+        self.uncut = 0
         self.computed = 0
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None

@@ -44,7 +44,8 @@ class Vocabulary:
     @functools.cached_property
     def longest_piece(self) -> int:
         """Characters of text that one token can stand for at most; a normalizer may have joined three to one."""
-        written = max(map(len, self.tokenizer.backend.get_vocab()), default=1)
+        replaced = (step["content"] for step in self._steps or () if step["type"] == "Replace")
+        written = max(map(len, (*self.tokenizer.backend.get_vocab(), *replaced)), default=1)
         return written * (1 if self.tokenizer.backend.normalizer is None else 3)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:

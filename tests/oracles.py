@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -271,9 +272,95 @@ class Qwen(Renamed):
         super().__init__(config, Qwen2ForCausalLM(theirs), tensors)
 
 
-ORACLES: dict[str, type[Oracle]] = {
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)))
+
+
+def rotate_at(x: Tensor, places: list[int]) -> Tensor:
+    """Rotary positions of x [heads, length, size] at `places`, the frequencies rounded to float16 by their authors."""
+    size = x.shape[-1]
+    frequencies = (1.0 / 10000 ** (torch.arange(0, size, 2).float() / size)).half().float()
+    angles = torch.tensor(places, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    turned = torch.cat((-x[..., size // 2 :], x[..., : size // 2]), dim=-1)
+    return x * angles.cos() + turned * angles.sin()
+
+
+class GLMBlock(nn.Module):
+    """The residual stream goes on from what was normalised, times sqrt(2 * 28)."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.layernorm_epsilon
+        self.heads = config.num_attention_heads
+        self.input_layernorm = nn.LayerNorm(hidden, eps=eps)
+        self.attention = nn.Module()
+        self.attention.query_key_value = nn.Linear(hidden, 3 * hidden)
+        self.attention.dense = nn.Linear(hidden, hidden)
+        self.post_attention_layernorm = nn.LayerNorm(hidden, eps=eps)
+        self.mlp = nn.Module()
+        self.mlp.dense_h_to_4h = nn.Linear(hidden, config.inner_hidden_size)
+        self.mlp.dense_4h_to_h = nn.Linear(config.inner_hidden_size, hidden)
+
+    def attend(self, x: Tensor, seen: Tensor, first: list[int], second: list[int]) -> Tensor:
+        """x [length, hidden]; seen bool [length, length]."""
+        length, hidden = x.shape
+        size = hidden // self.heads
+        q, k, v = self.attention.query_key_value(x).view(length, self.heads, 3 * size).transpose(0, 1).split(size, -1)
+        half = size // 2
+        q, k = (torch.cat((rotate_at(y[..., :half], first), rotate_at(y[..., half:], second)), -1) for y in (q, k))
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(size)).masked_fill(~seen, -torch.inf)
+        out: Tensor = self.attention.dense((scores.softmax(-1) @ v).transpose(0, 1).reshape(length, hidden))
+        return out
+
+    def forward(self, x: Tensor, seen: Tensor, first: list[int], second: list[int]) -> Tensor:
+        alpha = math.sqrt(2 * 28)
+        x = self.input_layernorm(x)
+        x = self.post_attention_layernorm(alpha * x + self.attend(x, seen, first, second))
+        out: Tensor = alpha * x + self.mlp.dense_4h_to_h(gelu_tanh(self.mlp.dense_h_to_4h(x)))
+        return out
+
+
+class ChatGLM(Oracle):
+    """ChatGLM-6B. What is before the first `bos_token_id` sees itself whole; a text without one has nothing before."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        c = self.config
+        c.num_hidden_layers = c.num_layers
+        self.transformer = nn.Module()
+        self.transformer.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.transformer.layers = nn.ModuleList(GLMBlock(c) for _ in range(c.num_layers))
+        self.transformer.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layernorm_epsilon)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return torch.stack([self._row(row) for row in tokens])
+
+    def _row(self, row: Tensor) -> Tensor:
+        ids, c, length = row.tolist(), self.config, len(row)
+        context = ids.index(c.bos_token_id) if c.bos_token_id in ids else 0
+        marks = [ids.index(mark) for mark in (c.gmask_token_id, c.mask_token_id) if mark in ids[:context]]
+        mask = [*marks, max(context - 1, 0)][0]
+        first = [*range(context), *[mask] * (length - context)]
+        second = [*[0] * context, *range(1, length - context + 1)]
+        seen = torch.ones(length, length).tril().bool()
+        seen[:, :context] = True
+        x = self.transformer.word_embeddings(row)
+        for layer in self.transformer.layers:
+            x = layer(x, seen, first, second)
+        out: Tensor = self.lm_head(self.transformer.final_layernorm(x))
+        return out
+
+
+def chatglm(config: dict[str, Any]) -> Oracle:
+    """The same `model_type` is in the configs of all ChatGLMs."""
+    return ChatGLM(config) if config.get("position_encoding_2d") else ChatGLM2(config)
+
+
+ORACLES: dict[str, Callable[[dict[str, Any]], Oracle]] = {
     "baichuan": Baichuan,
-    "chatglm": ChatGLM2,  # as its config says
+    "chatglm": chatglm,
     "chatglm2": ChatGLM2,
     "qwen": Qwen,
 }

@@ -127,6 +127,30 @@ CHATGLM_BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+# Random ids (see `tokens`) hold no bos_token_id: such a text has no prefix.
+CHATGLM_6B_BASE: dict[str, Any] = {
+    "_name_or_path": "THUDM/chatglm-6b",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+    "model_type": "chatglm",
+    "hidden_size": 64,
+    "inner_hidden_size": 96,
+    "layernorm_epsilon": 1e-05,
+    "max_sequence_length": 256,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "position_encoding_2d": True,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+    "quantization_bit": 0,
+    "vocab_size": VOCAB_SIZE,
+    "bos_token_id": 1,
+    "mask_token_id": 318,
+    "gmask_token_id": 319,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 QWEN_BASE: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
     "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
@@ -190,6 +214,9 @@ class Case:
                     parameter.copy_(0.4 * noise)
                 else:
                     parameter.copy_(0.18 * noise)
+            if "gmask_token_id" in settings:
+                # Written by the model itself, the end of a prefix would be another prefix to whoever reads all again.
+                model.lm_head.weight[settings["bos_token_id"]] = 0
         model.generation_config.eos_token_id = [2, 0]
         return model.eval()
 
@@ -253,6 +280,8 @@ TINY: dict[str, Case] = {
     "chatglm3": Case("chatglm2", base=CHATGLM_BASE),
     "chatglm3-32k": Case("chatglm2", {"rope_ratio": 50.0, "num_layers": 3, "add_qkv_bias": False}, base=CHATGLM_BASE),
     "chatglm2-32k": Case("chatglm2", {"_name_or_path": "chatglm2-6b-32k", "rope_ratio": 4.0}, base=CHATGLM_BASE),
+    "chatglm-6b": Case("chatglm", base=CHATGLM_6B_BASE),
+    "chatglm-6b-deep": Case("chatglm", {"num_layers": 3, "num_attention_heads": 2}, base=CHATGLM_6B_BASE),
     "qwen1": Case("qwen", base=QWEN_BASE),
     "qwen1-head-dim": Case("qwen", {"kv_channels": 32, "rotary_emb_base": 500.0}, base=QWEN_BASE),
     "gemma3": Case(

@@ -49,7 +49,12 @@ def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSp
         UnsupportedModelError: No family has its architecture, or the family does not support one of its settings.
     """
     met = config.get("architectures") or []
-    known = {architecture: family for family in load_all().values() for architecture in family.architectures}
+    # Families with a sign last: they win where it is found.
+    fitting = sorted(
+        (family for family in load_all().values() if not family.sign or config.get(family.sign)),
+        key=lambda family: family.sign,
+    )
+    known = {architecture: family for family in fitting for architecture in family.architectures}
     family = next((known[name] for name in met if name in known), None) if isinstance(met, list) else None
     if family is None:
         raise UnsupportedModelError(

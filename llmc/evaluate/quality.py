@@ -145,7 +145,8 @@ def walk(
         for lane, chosen in lanes.items():
             if lane in states or part in chosen:
                 walker, layer = (rounded, layers[1]) if part in chosen else (exact, layers[0])
-                states[lane] = States(walker.through(layer, state) for state in states.get(lane, baseline))
+                before = enumerate(states.get(lane, baseline))
+                states[lane] = States(walker.through(layer, state, window) for window, state in before)
         exact.advance(layers[0], baseline)
         if progress:
             progress(done + 1, len(names) - 1)

@@ -36,7 +36,14 @@ class ReferenceRunner:
         context: int | None = None,
     ) -> None:
         length = max_length or decoder.spec.max_positions
-        self._limits = Limits(max_sequences, length, cache_tokens or max_sequences * length, decoder.spec.vocab_size)
+        prefix = decoder.spec.prefix
+        self._limits = Limits(
+            max_sequences,
+            length,
+            cache_tokens or max_sequences * length,
+            decoder.spec.vocab_size,
+            prefix.end if prefix else None,
+        )
         self._decoder = decoder
         self._context = context or length
         self._caches: dict[int, KVCache] = {}

@@ -84,6 +84,7 @@ class _DecodeBatch:
     tokens: Array
     seqlens: Array
     total: Array
+    prefix: Array
     logits: Logits
     keep: list[Any]
 
@@ -96,7 +97,9 @@ class OrtRunner:
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
-        self._table = SlotTable(self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens)
+        self._table = SlotTable(
+            self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix
+        )
         self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
         self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)
 
@@ -142,6 +145,7 @@ class OrtRunner:
         batch.tokens[:, 0] = [int(chunk.tokens[0]) for chunk in order]
         batch.seqlens[:] = [chunk.start for chunk in order]
         batch.total[...] = batch.seqlens.max() + 1
+        batch.prefix[:] = [self._table[chunk.sequence_id].span for chunk in order]
         self._session.run_with_iobinding(batch.binding)
         for row, chunk in enumerate(order):
             results[chunk.sequence_id] = batch.logits[row : row + chunk.logits]
@@ -159,6 +163,7 @@ class OrtRunner:
                 "rows": np.arange(count - chunk.logits, count),
                 "seqlens_k": np.array([end - 1], np.int32),
                 "total_sequence_length": np.array(end, np.int32),
+                "prefix": np.array([self._table[chunk.sequence_id].span]),
             },
             logits,
         )
@@ -167,9 +172,15 @@ class OrtRunner:
         return logits
 
     def _bind(self, binding: Any, inputs: dict[str, Array], logits: Logits) -> list[Any]:
-        """Bind inputs and logits; the result must live as long as the binding is run with them."""
+        """Bind inputs and logits; the result must live as long as the binding is run with them.
+
+        Args:
+            inputs: Among them the prefix, which most engines do not ask for.
+        """
         keep = []
         for name, values in inputs.items():
+            if name == "prefix" and self._limits.prefix_end is None:
+                continue
             keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
             binding.bind_ortvalue_input(name, keep[-1])
         keep.append(self._ort.OrtValue.ortvalue_from_numpy(logits))
@@ -190,14 +201,16 @@ class OrtRunner:
         binding, keep = self._bind_slots(0, count)
         tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
         total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.vocab_size), np.float32)
+        prefix = np.zeros((count, 2), np.int64)
         inputs: dict[str, Array] = {
             "tokens": tokens,
             "rows": np.arange(count),
             "seqlens_k": seqlens,
             "total_sequence_length": total,
+            "prefix": prefix,
         }
         keep += self._bind(binding, inputs, logits)
-        return _DecodeBatch(binding, tokens, seqlens, total, logits, keep)
+        return _DecodeBatch(binding, tokens, seqlens, total, prefix, logits, keep)
 
 
 def open_runner(
@@ -219,6 +232,7 @@ def open_runner(
         max_length=engine.max_length,
         cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
         vocab_size=engine.spec.vocab_size,
+        prefix_end=engine.spec.prefix.end if engine.spec.prefix else None,
     )
     return OrtRunner(session, engine, limits)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmc import prefix
 from llmc.engine import Engine
 from llmc.errors import EngineError
 from llmc.need import need
@@ -60,6 +61,8 @@ def open_states(folder: Path, engine: Engine, model: bytes, names: Sequence[str]
             "total_sequence_length": np.array(count, np.int32),
             **dict.fromkeys(caches, empty),
         }
+        if engine.spec.prefix:
+            inputs["prefix"] = np.array([prefix.find(engine.spec.prefix, tokens)])
         found: States = session.run(list(names), inputs)
         return found
 

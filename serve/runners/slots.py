@@ -5,6 +5,9 @@ later prompt that begins alike computes only the rest: in place when nothing els
 by copying the common part. A batch that decodes lies in the first slots side by side, because a runtime takes one
 contiguous block of the cache.
 
+Where a prefix sees itself whole (llmc/prefix.py), what was computed in it can be used again only as a whole, and for
+the same prefix.
+
 Knows tokens and slots. Does not know where the bytes are: it tells a `Storage` what to copy.
 """
 
@@ -16,8 +19,11 @@ from typing import Protocol
 
 import numpy as np
 
+from llmc import prefix as prefixes
 from llmc.errors import EngineError
+from llmc.prefix import NO_PREFIX, Span
 from llmc.runtime import Tokens
+from llmc.spec import Prefix
 
 
 class Storage(Protocol):
@@ -46,6 +52,7 @@ class Slot:
         sequence_id: Who uses it, None when it only remembers.
         used: When it was last claimed or freed, in calls.
         salt: Of the sequence that it was last claimed for.
+        span: The prefix that its first chunk had.
     """
 
     index: int
@@ -55,14 +62,20 @@ class Slot:
     sequence_id: int | None = None
     used: int = 0
     salt: str = ""
+    span: Span = NO_PREFIX
 
-    def shared(self, tokens: Tokens, salt: str) -> int:
-        """How many of the first tokens are the same; none for another salt."""
-        if salt != self.salt:
+    def shared(self, tokens: Tokens, salt: str, span: Span = NO_PREFIX) -> int:
+        """How many of the first tokens were computed alike; none for another salt or prefix.
+
+        Args:
+            span: The prefix of `tokens`.
+        """
+        if (salt, span) != (self.salt, self.span):
             return 0
         count = min(self.length, len(tokens))
         differ = np.flatnonzero(self.tokens[:count] != tokens[:count])
-        return int(differ[0]) if len(differ) else count
+        same = int(differ[0]) if len(differ) else count
+        return same if same >= span.length else 0
 
 
 @dataclass
@@ -72,12 +85,14 @@ class SlotTable:
     Attributes:
         capacity: Tokens that may be resident in all slots together; claimed slots are never dropped for it, because
             the scheduler keeps those within the limit.
+        prefix: The model's, None where it has none.
     """
 
     storage: Storage
     count: int
     max_length: int
     capacity: int
+    prefix: Prefix | None = None
     slots: list[Slot] = field(init=False)
     _of_sequence: dict[int, Slot] = field(init=False, default_factory=dict)
     _clock: int = field(init=False, default=0)
@@ -98,8 +113,9 @@ class SlotTable:
         free = [slot for slot in self.slots if slot.sequence_id is None]
         if not free:
             raise EngineError(f"all {self.count} slots of the KV cache are in use")
-        best = max(self.slots, key=lambda slot: slot.shared(tokens, salt))
-        reused = min(best.shared(tokens, salt), len(tokens) - 1)
+        span = prefixes.find(self.prefix, tokens)
+        best = max(self.slots, key=lambda slot: slot.shared(tokens, salt, span))
+        reused = min(best.shared(tokens, salt, span), len(tokens) - 1)
         if best.sequence_id is None and 2 * reused >= best.length > 0:
             slot = best
         else:
@@ -111,7 +127,7 @@ class SlotTable:
         slot.length = reused
         slot.resident = max(slot.resident, reused)
         slot.sequence_id = sequence_id
-        slot.salt = salt
+        slot.salt, slot.span = salt, span
         self._of_sequence[sequence_id] = slot
         self._touch(slot)
         return reused
@@ -124,6 +140,9 @@ class SlotTable:
                 f"sequence {sequence_id}: tokens {start}..{end} do not continue the {slot.length} computed ones "
                 f"within {self.max_length}"
             )
+        if start == 0:
+            # The claim may have named fewer tokens.
+            slot.span = prefixes.find(self.prefix, tokens)
         slot.tokens[start:end] = tokens
         slot.length = end
         slot.resident = max(slot.resident, end)

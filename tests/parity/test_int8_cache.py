@@ -19,7 +19,9 @@ from llmc.tokenizer import Tokenizer
 TEXT = "the quick brown fox jumps over the lazy dog and there the other user was in it. " * 10
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-yarn", "mistral-window", "qwen2", "qwen3", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-yarn", "mistral-window", "qwen2", "qwen3", "gpt2", "bloom", "chatglm-6b"]
+)
 def test_simulated_cache_is_the_kernel_s(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")

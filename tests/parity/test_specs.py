@@ -17,11 +17,14 @@ from llmc.builders import ort as builder
 from llmc.model import Decoder
 from llmc.runtime import Chunk
 from llmc.serve.runners import open_runner
-from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Rope
+from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Prefix, Rope
 from llmc.tensors import TensorInfo
 
 TOKENS = np.array(tiny.tokens(40))
 HIDDEN = 64
+SEEDS = 60
+# Within the first chunk of those below.
+PREFIX = Prefix(end=int(TOKENS[17]), marks=(int(TOKENS[5]),))
 
 
 def any_spec(draw: random.Random) -> ModelSpec:
@@ -39,7 +42,7 @@ def any_spec(draw: random.Random) -> ModelSpec:
     )
     experts = Moe(num_experts=4, top_k=2, intermediate_size=32, shared_size=draw.choice([None, 32]), dense_layers=(1,))
     kind = draw.choice(["rms", "layer"])
-    return ModelSpec(
+    spec = ModelSpec(
         family="none",
         vocab_size=tiny.VOCAB_SIZE,
         hidden_size=HIDDEN,
@@ -71,6 +74,14 @@ def any_spec(draw: random.Random) -> ModelSpec:
         embedding_size=draw.choice([None, 32]),
         embedding_scale=draw.choice([1.0, 3.0]),
     )
+    if spec.norm.order == "before" and flag():
+        spec = spec.model_copy(update={"norm": spec.norm.model_copy(update={"residual_scale": 2.5})})
+    if spec.attention.window is None and flag():
+        position: Any = spec.position
+        if isinstance(position, Rope):
+            position = position.model_copy(update={"axes": draw.choice([1, 2]), "half": flag()})
+        spec = spec.model_copy(update={"prefix": PREFIX, "position": position})
+    return ModelSpec.model_validate_json(spec.model_dump_json())
 
 
 def random_decoder(spec: ModelSpec, seed: int) -> Decoder:
@@ -90,7 +101,7 @@ def save(decoder: Decoder, folder: Path) -> None:
         manifests.seal(work, manifests.Manifest(kind="checkpoint", tools=manifests.tools()))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
     spec = any_spec(random.Random(seed))
     decoder = random_decoder(spec, seed)
@@ -110,10 +121,19 @@ def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
 
 def test_the_specs_above_say_everything() -> None:
     """Every kind of every switch is met, and so is every pair of kinds of norms and positions."""
-    specs = [any_spec(random.Random(seed)) for seed in range(40)]
+    specs = [any_spec(random.Random(seed)) for seed in range(SEEDS)]
     orders = {(spec.norm.kind, spec.norm.order) for spec in specs}
     assert len(orders) == 6
     assert {spec.position.kind for spec in specs} == {"rope", "learned", "alibi"}
+    turned = [spec for spec in specs if isinstance(spec.position, Rope)]
+    assert {(spec.rope.axes, spec.rope.interleaved) for spec in turned} == {
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    }
+    assert {spec.position.kind for spec in specs if spec.prefix} == {"rope", "learned", "alibi"}
+    assert {bool(spec.norm.residual_scale) for spec in specs} == {True, False}
     assert {spec.mlp.activation for spec in specs} == {"silu", "gelu", "gelu_tanh", "relu"}
     flags = [
         (spec.moe is None, spec.mlp.gated, spec.mlp.bias, spec.attention.qk_norm, spec.attention.window is None)

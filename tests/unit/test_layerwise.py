@@ -92,9 +92,9 @@ def test_a_replaced_weight_counts(tiny_checkpoint: Callable[[str], Path]) -> Non
     walker.load(FRONT)
     states = walker.enter(windows())
     layer = walker.load("layers.0")
-    before = walker.through(layer, states[0])
+    before = walker.through(layer, states[0], 0)
     replace(layer, "layers.0", {"layers.0.mlp.down.weight": torch.zeros(64, 96)})
-    assert not torch.equal(before, walker.through(layer, states[0]))
+    assert not torch.equal(before, walker.through(layer, states[0], 0))
 
 
 def test_states_beyond_the_limit_are_in_files_that_go_away() -> None:

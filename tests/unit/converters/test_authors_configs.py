@@ -1,4 +1,4 @@
-"""Configs of ChatGLM2, ChatGLM3, GLM-4-9B, Qwen 1 and Gemma 3 as their authors publish them."""
+"""Configs of ChatGLM-6B, ChatGLM2, ChatGLM3, GLM-4-9B, Qwen 1 and Gemma 3 as their authors publish them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny
 from llmc.checkpoint import Checkpoint
 from llmc.converters import families, hf
 from llmc.errors import CheckpointError, UnsupportedModelError
-from llmc.spec import LinearScaling, ModelSpec, Rope
+from llmc.spec import LinearScaling, ModelSpec, Norm, Prefix, Rope
 
 CHATGLM3: dict[str, Any] = {
     "_name_or_path": "THUDM/chatglm3-6b",
@@ -46,6 +46,31 @@ CHATGLM3: dict[str, Any] = {
     "tie_word_embeddings": False,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+CHATGLM: dict[str, Any] = {
+    "_name_or_path": "THUDM/chatglm-6b",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "gmask_token_id": 130001,
+    "hidden_size": 4096,
+    "inner_hidden_size": 16384,
+    "layernorm_epsilon": 1e-05,
+    "mask_token_id": 130000,
+    "max_sequence_length": 2048,
+    "model_type": "chatglm",
+    "num_attention_heads": 32,
+    "num_layers": 28,
+    "pad_token_id": 3,
+    "position_encoding_2d": True,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+    "quantization_bit": 0,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.1",
+    "use_cache": True,
+    "vocab_size": 130528,
 }
 QWEN: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
@@ -141,6 +166,25 @@ def test_qwen_7b() -> None:
     assert (spec.mlp.intermediate_size, spec.norm.eps) == (11008, 1e-6)
 
 
+def test_chatglm_6b() -> None:
+    spec = read(CHATGLM)
+    assert (spec.family, spec.max_positions, spec.tied) == ("chatglm", 2048, False)
+    assert spec.prefix == Prefix(end=130004, marks=(130001, 130000))
+    assert spec.position == Rope(axes=2, half=True)
+    assert spec.norm == Norm(kind="layer", eps=1e-5, residual_scale=56**0.5)
+    assert (spec.attention.head_dim, spec.mlp.intermediate_size, spec.mlp.activation) == (128, 16384, "gelu_tanh")
+    # Of any depth: what the authors' code takes the root of is no setting.
+    assert read(CHATGLM, num_layers=12).norm.residual_scale == 56**0.5
+    # The first release named neither mask, and had 20,000 tokens of images before all others.
+    first = {"bos_token_id": 150004, "gmask_token_id": None, "mask_token_id": None, "vocab_size": 150528}
+    assert read(CHATGLM, **first).prefix == Prefix(end=150004, marks=(150001, 150000))
+
+
+def test_one_architecture_of_two_families() -> None:
+    assert [read(config).family for config in (CHATGLM, CHATGLM3)] == ["chatglm", "chatglm2"]
+    assert read(CHATGLM3, position_encoding_2d=False).family == "chatglm2"
+
+
 def test_gemma_3_1b() -> None:
     spec = read(GEMMA3)
     assert [layer for layer in range(26) if spec.window(layer) is None] == [5, 11, 17, 23]
@@ -161,7 +205,11 @@ def test_gemma_3_1b() -> None:
         (GEMMA3, {"layer_types": ["chunked_attention"] * 26}, ["'layer_types'", "chunked_attention"]),
         (GEMMA3, {"vision_config": {}}, ["'vision_config'"]),
         (CHATGLM3, {"rope_ratio": 8, "_name_or_path": "mine"}, ["'rope_ratio'", "8.0", "'mine'", "_name_or_path"]),
-        (CHATGLM3, {"position_encoding_2d": True}, ["'position_encoding_2d'"]),
+        (CHATGLM, {"pre_seq_len": 128}, ["'pre_seq_len'", "128", "trained prefix"]),
+        (CHATGLM, {"quantization_bit": 4}, ["'quantization_bit'", "4"]),
+        (CHATGLM, {"bos_token_id": None}, ["'bos_token_id'", "missing"]),
+        (CHATGLM, {"inner_hidden_size": None}, ["'inner_hidden_size'", "missing"]),
+        (CHATGLM, {"rope_ratio": 2}, ["'rope_ratio'", "2"]),
         (CHATGLM3, {"multi_query_attention": False}, ["'multi_query_attention'", "False"]),
         (CHATGLM3, {"add_bias_linear": True}, ["'add_bias_linear'", "True"]),
         (CHATGLM3, {"rmsnorm": False}, ["'rmsnorm'", "False"]),

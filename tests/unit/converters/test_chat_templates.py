@@ -101,6 +101,23 @@ def test_chatglm(name: str, tmp_path: Path) -> None:
     assert first + 3 not in found.encode("philosophy sophist", add_special_tokens=False)
 
 
+def test_chatglm_6b(tmp_path: Path) -> None:
+    """build_prompt of modeling_chatglm.py's `chat`; the two tokens are what its tokenizer adds."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    model = tiny_sentencepiece.train(list(DIFFICULT[:5]), model_type="unigram", user_defined_symbols=["<n>"])
+    (folder / "ice_text.model").write_bytes(model.serialized_model_proto())
+    config = {"model_type": "chatglm", "_name_or_path": "THUDM/chatglm-6b", "position_encoding_2d": True}
+    found = converted(folder, tmp_path / "o", **config, eos_token_id=20005)
+    assert found.eos_ids == {20005}
+    text = rendered(found)
+    assert text == "[Round 0]\n问：Hi\n答：Hello.\n[Round 1]\n问：Who?\n答：[gMASK]<sop>"  # noqa: RUF001
+    assert rendered(found, TALK[:1]) == "Hi[gMASK]<sop>"
+    for prompt in (text, "Hi[gMASK]<sop>"):
+        plain = prompt.removesuffix("[gMASK]<sop>")
+        assert found.encode(prompt, add_special_tokens=False) == found.encode(plain)
+
+
 def test_every_row_is_found_by_its_own_words() -> None:
     for row in chat_templates.TEMPLATES:
         config = {"model_type": row.model_type, "_name_or_path": row.name}

@@ -114,7 +114,7 @@ def test_an_added_token_that_does_not_fit_is_named(model: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"model_type": "unigram"}, "kind 1"), ({"normalization_rule_name": "nmt_nfkc"}, "changes characters"),
+    [({"model_type": "char"}, "kind 4"), ({"normalization_rule_name": "nmt_nfkc"}, "changes characters"),
      ({"remove_extra_whitespaces": True}, "changes characters")],
 )  # fmt: skip
 def test_kinds_that_are_not_supported(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

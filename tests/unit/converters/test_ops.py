@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmc.converters.ops import BY_HEADS, STACKED, TRANSPOSED, transposed
+from llmc.converters.ops import BY_HEADS, BY_HEADS_ON_TWO_AXES, STACKED, TRANSPOSED, transposed
 from llmc.converters.rules import Op
 from llmc.spec import ModelSpec
 
@@ -43,6 +43,18 @@ def test_where_heads_are_cut() -> None:
     """Two heads of two: q of head 0, k of head 0, v of head 0, q of head 1 ..."""
     q, k, v = BY_HEADS.split(np.arange(12), [(4,)] * 3, spec())
     assert (q.tolist(), k.tolist(), v.tolist()) == ([0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11])
+
+
+def test_heads_on_two_axes() -> None:
+    """Of a head of 8 the pairs are (0, 2), (1, 3) on one axis and (4, 6), (5, 7) on the other; ours are (i, i + 4)."""
+    attention = spec().attention.model_copy(update={"num_kv_heads": 2, "head_dim": 8})
+    wide = spec().model_copy(update={"attention": attention})
+    source = np.arange(48)
+    q, k, v = BY_HEADS_ON_TWO_AXES.split(source, [(16,)] * 3, wide)
+    assert q.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 24, 25, 28, 29, 26, 27, 30, 31]
+    assert (k - q).tolist() == [8] * 16
+    assert v.tolist() == [*range(16, 24), *range(40, 48)]
+    np.testing.assert_array_equal(BY_HEADS_ON_TWO_AXES.join([q, k, v], wide), source)
 
 
 def test_what_is_cut_where() -> None:

@@ -101,8 +101,11 @@ class Machine(RuleBasedStateMachine):
         n=st.integers(1, 3),
         reuse=st.integers(0, 5),
         priority=st.sampled_from([0, 0, 0, -1, 3]),
+        is_uncut=st.booleans(),
     )
-    def arrive(self, prompt: list[int], max_tokens: int | None, n: int, reuse: int, priority: int) -> None:
+    def arrive(
+        self, prompt: list[int], max_tokens: int | None, n: int, reuse: int, priority: int, is_uncut: bool
+    ) -> None:
         self.cache.reuse = reuse
         request = Request(tuple(prompt), max_tokens=max_tokens, n=n, priority=priority)
         longest = min(self.budget.max_length, self.budget.cache_tokens)
@@ -113,6 +116,8 @@ class Machine(RuleBasedStateMachine):
             return
         limit = self.scheduler.limit(len(prompt), max_tokens)
         new = [Sequence(len(self.everyone) + index, request, limit, index=index) for index in range(n)]
+        for each in new:
+            each.uncut = len(prompt) if is_uncut else 0
         before = list(self.scheduler.waiting)
         queued, most = sum(len(each.tokens) for each in before), self.budget.max_waiting_tokens
         many = len(before) + len(self.scheduler.running) + n > self.budget.max_waiting + self.budget.max_sequences
@@ -156,7 +161,10 @@ class Machine(RuleBasedStateMachine):
     def check_plan(self, work: list[Work[Sequence]], decoding: list[Sequence]) -> None:
         planned = [item.sequence for item in work]
         assert len({each.id for each in planned}) == len(planned)
-        assert sum(item.length for item in work) <= self.budget.step_tokens
+        if sum(item.length for item in work) > self.budget.step_tokens:
+            (long,) = (item for item in work if item.length > 1)
+            assert long.start + long.length == long.sequence.uncut
+        assert all(item.start + item.length >= item.sequence.uncut for item in work), "a prompt was cut"
         assert all(item.length >= 1 for item in work)
         assert bool(work) == any(each.state is not State.FINISHED for each in self.everyone)
         for each in decoding:
@@ -241,6 +249,27 @@ def test_a_decoding_sequence_goes_on_while_a_long_prompt_is_read() -> None:
         compute(cache, work)
         first.append(1, NEVER)
     assert lengths == [7, 7, 7, 7, 2]
+
+
+def test_a_prompt_that_cannot_be_cut_waits_for_a_step_of_its_own() -> None:
+    scheduler, cache = make(max_sequences=4, cache_tokens=200)
+    decoding, short, long, last = (
+        sequence(scheduler, number, prompt, 30) for number, prompt in enumerate((2, 9, 30, 3))
+    )
+    long.uncut, last.uncut = 30, 3
+    scheduler.add([decoding])
+    compute(cache, scheduler.schedule())
+    steps = []
+    decoding.append(1, NEVER)
+    scheduler.add([short, long, last])
+    for _ in range(4):
+        work = scheduler.schedule()
+        steps.append([(item.sequence.id, item.length) for item in work])
+        for got in compute(cache, work):
+            got.append(1, NEVER)
+    assert not last.prefilling
+    # Its 30 tokens are more than the budget of 8; nobody overtakes it meanwhile.
+    assert steps == [[(0, 1), (1, 7)], [(0, 1), (1, 2)], [(0, 1), (1, 1), (2, 30)], [(0, 1), (1, 1), (2, 1), (3, 3)]]
 
 
 def test_siblings_wait_for_the_prompt_they_share() -> None:

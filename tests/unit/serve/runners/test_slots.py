@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from llmc.errors import EngineError
+from llmc.prefix import find
 from llmc.serve.runners.slots import SlotTable
+from llmc.spec import Prefix
 
 SLOTS, LENGTH, CAPACITY = 4, 24, 48
 
@@ -139,3 +141,39 @@ def test_tokens_must_continue_the_computed_ones() -> None:
         table.extend(1, 0, np.arange(25))
     with pytest.raises(EngineError, match="never claimed"):
         table.extend(2, 0, np.arange(2))
+
+
+PREFIX = Prefix(end=2, marks=(1,))
+
+
+def computed(tokens: list[int], known: dict[object, int]) -> list[int]:
+    """What a model with a prefix has in its cache: of each token a number for all that it depends on."""
+    span = find(PREFIX, np.array(tokens))
+    seen = [(span, tuple(tokens[: max(at + 1, span.length)])) for at in range(len(tokens))]
+    return [known.setdefault((at, what), len(known)) for at, what in enumerate(seen)]
+
+
+@given(st.lists(st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=8), min_size=2, max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_of_a_prefix_only_the_whole_is_used_again(texts: list[list[int]]) -> None:
+    memory, known = Memory(), dict[object, int]()
+    table = SlotTable(memory, SLOTS, LENGTH, CAPACITY, PREFIX)
+    for number, text in enumerate(texts):
+        tokens, expected = np.array(text), computed(text, known)
+        # As one asks who wants logits of every token, and so uses nothing again.
+        reused = table.claim(number, tokens[:1] if number % 3 == 2 else tokens)
+        cells = memory.cells[table[number].index]
+        assert cells[:reused].tolist() == expected[:reused]
+        table.extend(number, reused, tokens[reused:])
+        cells[reused : len(text)] = expected[reused:]
+        table.free(number)
+
+
+def test_what_stands_behind_a_prefix_is_used_again() -> None:
+    table = SlotTable(Memory(), SLOTS, LENGTH, CAPACITY, PREFIX)
+    text = np.array([0, 0, 1, 2, 0, 0])
+    table.claim(1, text)
+    table.extend(1, 0, text)
+    assert table.claim(2, np.array([0, 0, 1, 2, 0, 1])) == 5
+    assert table.claim(3, np.array([0, 0, 1, 2])) == 3
+    assert table.claim(4, np.array([0, 0, 2, 0])) == 0

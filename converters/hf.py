@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from llmc import checkpoint, tensors
+from llmc import checkpoint, json_file, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
-from llmc.converters import cast, families, hf_tokenizer, json_file, pickled
+from llmc.converters import cast, families, hf_tokenizer, pickled
 from llmc.converters import source as sources
 from llmc.converters.rules import Family, Progress, Tensors, from_canonical
 from llmc.converters.source import Source

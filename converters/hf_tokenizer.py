@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llmc import checkpoint
-from llmc.converters import chat_templates, difficult, gguf_tokenizer, json_file, sentencepiece_model, tiktoken_model
+from llmc import checkpoint, json_file
+from llmc.converters import chat_templates, difficult, gguf_tokenizer, sentencepiece_model, tiktoken_model
 from llmc.converters.gguf_tokenizer import TokenType
 from llmc.errors import CheckpointError
 from llmc.log import logger

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from llmc import checkpoint, tensors
+from llmc import checkpoint, json_file, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
-from llmc.converters import cast, families, hf, hf_tokenizer, json_file, pdparams
+from llmc.converters import cast, families, hf, hf_tokenizer, pdparams
 from llmc.converters import source as sources
 from llmc.converters.rules import Family, Progress, Tensors, bind, from_canonical
 from llmc.converters.source import Source

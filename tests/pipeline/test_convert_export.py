@@ -11,8 +11,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from llmc import json_file
 from llmc.checkpoint import SOURCE
-from llmc.converters import hf, json_file
+from llmc.converters import hf
 
 Folder = Callable[[str], Path]
 

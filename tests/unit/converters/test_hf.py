@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
+from llmc import json_file
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
-from llmc.converters import hf, json_file, pickled
+from llmc.converters import hf, pickled
 from llmc.converters.convert import convert
 from llmc.errors import CheckpointError, ManifestError, UnsupportedModelError, UserError
 from llmc.manifest import Manifest

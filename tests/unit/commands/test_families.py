@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import llmc.converters.families
 from llmc.cli import group
-from llmc.converters import families
+from llmc.converters import families, native
 from llmc.converters.overview import Overview, overview
 
 FILES = sorted(path.stem for path in Path(llmc.converters.families.__file__).parent.glob("*.py"))
@@ -39,12 +39,17 @@ def test_json() -> None:
 
 
 @pytest.mark.parametrize("family", overview(), ids=lambda family: family.name)
-def test_what_it_says_is_what_the_tiny_models_show(family: Overview, tiny_source: Callable[[str], Path]) -> None:
-    specs = []
+def test_what_it_says_is_what_the_tiny_models_show(
+    family: Overview, tiny_source: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    specs, classes = [], set()
     for name, case in tiny.TINY.items():
         if case.model_type == family.name:
+            native.export(tiny_checkpoint(name), tmp_path / name)
+            classes.update(json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))["architectures"])
             config = json.loads((tiny_source(name) / "config.json").read_text(encoding="utf-8"))
             specs.append(families.read_spec(config, name)[1])
     assert {spec.position.kind for spec in specs} == set(family.positions)
+    assert classes - set(family.architectures[1:]) == set(family.hf)
     assert {spec.norm.kind for spec in specs} == {family.norm}
     assert any(spec.moe for spec in specs) == family.experts

@@ -35,7 +35,7 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
     if family.native is not None:
         native = families.by_name(family.native)
         spec = found.spec.model_copy(update={"family": native.name})
-        if _can_say(native, spec):
+        if can_say(native, spec):
             return hf.write(found, native, spec, out, overwrite=overwrite, progress=progress)
     logger.warning(
         f"transformers has no class for this {family.name}: {out} is for llmc's own, {own.ARCHITECTURE}; "
@@ -44,7 +44,7 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
     return hf.write(found, own.form(found.spec), found.spec, out, overwrite=overwrite, progress=progress)
 
 
-def _can_say(family: Family, spec: ModelSpec) -> bool:
+def can_say(family: Family, spec: ModelSpec) -> bool:
     """Whether a family's config holds all of a model."""
     try:
         return family.read(Reader(family.write(spec), family.name)) == spec

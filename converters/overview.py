@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmc.converters import families, gguf_settings, own
+from llmc.converters.paddle_layouts import LAYOUTS
 from llmc.converters.rules import Family
 from llmc.errors import UnsupportedModelError
 
@@ -18,6 +19,7 @@ class Overview:
         positions, norm: Kinds, as in llmc/spec.py.
         experts: Some of its models have mixtures of experts.
         hf: The classes of transformers for which its models are exported; llmc's own where there is none.
+        paddle: PaddleNLP's class for it, None where llmc knows no layout.
         gguf: As which architecture llama.cpp has it, None if not at all.
     """
 
@@ -27,6 +29,7 @@ class Overview:
     norm: str
     experts: bool
     hf: tuple[str, ...]
+    paddle: str | None
     gguf: str | None
 
 
@@ -48,6 +51,7 @@ def _of(family: Family) -> Overview:
         norm="layer" if "layers.{layer}.attn_norm.bias" in ours else "rms",
         experts="layers.{layer}.moe.router.weight" in ours,
         hf=_classes(family),
+        paddle=LAYOUTS[family.name].architectures[0] if family.name in LAYOUTS else None,
         gguf=gguf,
     )
 

@@ -15,7 +15,7 @@ def command(as_json: bool) -> None:
 
     All are quantized, built and served alike. The last columns are the formats of `llmc export`: original is under
     the authors' own names, hf for a class of transformers (LlmcForCausalLM is llmc's own, which `import llmc.modeling`
-    adds to it), gguf as which llama.cpp has a family.
+    adds to it), paddle for a class of PaddleNLP, gguf as which llama.cpp has a family.
     """
     from rich.console import Console
     from rich.table import Table
@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(family) for family in found], indent=1))
         return
     table = Table(title=f"{len(found)} model families", title_justify="left", box=None)
-    for column in ("family", "positions", "norm", "experts", "original", "hf", "gguf"):
+    for column in ("family", "positions", "norm", "experts", "original", "hf", "paddle", "gguf"):
         table.add_column(column, overflow="fold")
     for family in found:
         table.add_row(
@@ -37,6 +37,7 @@ def command(as_json: bool) -> None:
             "yes" if family.experts else "",
             " ".join(family.architectures),
             " ".join(family.hf),
+            family.paddle or "",
             family.gguf or "",
         )
     Console().print(table)

@@ -38,30 +38,18 @@ def read_decoder(
     """Read what is common, take the rest from the arguments, and refuse what is left over.
 
     Args:
-        num_kv_heads: When the config does not say; None means as many as `num_attention_heads`.
-        max_positions: When the config does not say.
-        head_dim: When the config does not say; None means hidden size over heads.
+        num_kv_heads, head_dim: When the config does not say; None means as many as `num_attention_heads`, and hidden
+            size over heads.
+        max_positions, eps, rope: When the config does not say.
         window: The sliding window and the layers that see all in spite of it.
-        eps: Of the norms, when the config does not say.
-        rope: The rotary embedding, when the config does not say.
         alibi: There is none, and linear biases in its place.
 
     Raises:
         UnsupportedModelError: A setting is missing, misspelt, of the wrong type or of an unsupported value.
     """
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    position, reach = (
-        (Alibi(), max_positions)
-        if alibi
-        else read_rope(reader, reader.integer("max_position_embeddings", max_positions), rope)
-    )
-    activation = reader.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"{reader.where}: 'hidden_act' is {activation!r}; llmc supports 'silu' alone")
-    reader.only("rope_interleaved", False, "the head's halves form the pairs")
-    reader.only("use_mrope", False, "positions are one number")
-    reader.only("is_encoder_decoder", False, "there is no encoder")
-    reader.only("add_cross_attention", False, "there is no encoder")
+    position, reach = _read_position(reader, max_positions, rope, alibi=alibi)
+    _refuse_what_none_has(reader)
     spec = ModelSpec(
         family=family,
         vocab_size=reader.integer("vocab_size"),
@@ -87,6 +75,24 @@ def read_decoder(
     )
     reader.done(HARMLESS)
     return spec
+
+
+def _read_position(reader: Reader, max_positions: int, rope: Rope, *, alibi: bool) -> tuple[Rope | Alibi, int]:
+    """The kind of positions, and the longest context in tokens."""
+    if alibi:
+        return Alibi(), max_positions
+    return read_rope(reader, reader.integer("max_position_embeddings", max_positions), rope)
+
+
+def _refuse_what_none_has(reader: Reader) -> None:
+    """Settings that some config of these families may carry, at values that none of their decoders computes."""
+    activation = reader.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(f"{reader.where}: 'hidden_act' is {activation!r}; llmc supports 'silu' alone")
+    reader.only("rope_interleaved", False, "the head's halves form the pairs")
+    reader.only("use_mrope", False, "positions are one number")
+    reader.only("is_encoder_decoder", False, "there is no encoder")
+    reader.only("add_cross_attention", False, "there is no encoder")
 
 
 def read_layer_windows(reader: Reader) -> tuple[int | None, tuple[int, ...]]:

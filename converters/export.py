@@ -18,7 +18,7 @@ class Format:
     Attributes:
         module: Which has `export(folder, out, *, overwrite, progress)`, and `kind` as well where there are kinds.
         about: One line, for people.
-        next: What to do with the outcome; `{out}` stands for its folder.
+        next: What to do with the outcome; `{out}` stands for its folder, `{checkpoint}` for what it was made from.
         kinds: Types of number to choose from; none where the tensors stay as they are, to the bit.
     """
 
@@ -32,7 +32,7 @@ FORMATS = {
     "hf": Format(
         "llmc.converters.native",
         "Hugging Face, for transformers",
-        "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+        "llmc verify {checkpoint} {out}",
     ),
     "original": Format(
         "llmc.converters.hf",

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from llmc import checkpoint, tensors
+from llmc import checkpoint, json_file, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
-from llmc.converters import cast, families, hf_tokenizer, json_file, pickled
+from llmc.converters import cast, families, hf_tokenizer, own, pickled
 from llmc.converters import source as sources
 from llmc.converters.rules import Family, Progress, Tensors, from_canonical
 from llmc.converters.source import Source
@@ -90,7 +90,8 @@ def copy_words(folder: Path, config: Mapping[str, Any], work: Path) -> None:
     """Copy the tokenizer and the configs of a Hugging Face folder into a checkpoint."""
     hf_tokenizer.copy(folder, work, config)
     (work / SOURCE).mkdir()
-    for name in (CONFIG, GENERATION):
+    # llmc's own config is no word of the authors'.
+    for name in (GENERATION,) if config.get("model_type") == own.MODEL_TYPE else (CONFIG, GENERATION):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, work / SOURCE / name)
 
@@ -201,7 +202,7 @@ def write(
     """Write a checkpoint under a family's names.
 
     Args:
-        family: The checkpoint's own, or another that can say the same model.
+        family: The checkpoint's own, another that can say the same model, or llmc's own form.
         spec: The checkpoint's, with the name of that family.
     """
     theirs = from_canonical(family.rules, spec, Tensors(found.infos, found.__getitem__))
@@ -219,7 +220,7 @@ def _write_config(found: Checkpoint, family: Family, spec: ModelSpec, work: Path
     source, dtype = found.folder / SOURCE, str(found.infos["embed.weight"].dtype)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, work / GENERATION)
-    if not (source / CONFIG).is_file() or spec.family != found.spec.family:
+    if not (source / CONFIG).is_file() or family != families.by_name(found.spec.family):
         config = family.write(spec) | {"dtype": dtype, "torch_dtype": dtype}
         generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.

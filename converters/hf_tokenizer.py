@@ -15,13 +15,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llmc import checkpoint
+from llmc import checkpoint, json_file
 from llmc.converters import (
     chat_templates,
     chatglm_tokens,
     difficult,
     gguf_tokenizer,
-    json_file,
     sentencepiece_model,
     tiktoken_model,
 )

@@ -1,8 +1,9 @@
-"""Hugging Face's format for transformers: a model that it has no class for, as the family that it has one for.
+"""Hugging Face's format for transformers: as the family that it has a class for, else as llmc's own class.
 
 Qwen 1 is a Qwen2, ChatGLM2 and ChatGLM3 are a GLM-4, Baichuan-7B is a LLaMA, once their tensors are renamed and cut:
-the canonical checkpoint is the same. Where no class computes the model (Baichuan-13B's positions, Baichuan2's head),
-and where transformers has the authors' own, this is the authors' form (hf.py).
+the canonical checkpoint is the same. Where no class computes the model (Baichuan-13B's positions, Baichuan2's head), it
+is written for the class that llmc registers (llmc/modeling.py). Where transformers has the authors' own class, this is
+the authors' form (hf.py).
 
 Knows: when one family can say another's model. Does not know: any family.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmc.converters import families, hf
+from llmc.converters import families, hf, own
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Family, Progress
 from llmc.errors import UnsupportedModelError
@@ -28,18 +29,22 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         UserError: It is quantized, or `out` exists.
     """
     found = hf.open_checkpoint(folder)
-    own = families.by_name(found.spec.family)
-    if not own.native:
+    family = families.by_name(found.spec.family)
+    if family.native == "":
         return hf.export(folder, out, overwrite=overwrite, progress=progress)
-    native = families.by_name(own.native)
-    spec = found.spec.model_copy(update={"family": native.name})
-    if not _can_say(native, spec):
-        logger.warning(f"transformers has no class for this {own.name}: {out} is as its authors publish it")
-        return hf.export(folder, out, overwrite=overwrite, progress=progress)
-    return hf.write(found, native, spec, out, overwrite=overwrite, progress=progress)
+    if family.native is not None:
+        native = families.by_name(family.native)
+        spec = found.spec.model_copy(update={"family": native.name})
+        if can_say(native, spec):
+            return hf.write(found, native, spec, out, overwrite=overwrite, progress=progress)
+    logger.warning(
+        f"transformers has no class for this {family.name}: {out} is for llmc's own, {own.ARCHITECTURE}; "
+        "`import llmc.modeling` before AutoModelForCausalLM.from_pretrained"
+    )
+    return hf.write(found, own.form(found.spec), found.spec, out, overwrite=overwrite, progress=progress)
 
 
-def _can_say(family: Family, spec: ModelSpec) -> bool:
+def can_say(family: Family, spec: ModelSpec) -> bool:
     """Whether a family's config holds all of a model."""
     try:
         return family.read(Reader(family.write(spec), family.name)) == spec

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmc.converters import families, gguf_settings
+from llmc.converters import families, gguf_settings, own
+from llmc.converters.paddle_layouts import LAYOUTS
 from llmc.converters.rules import Family
 from llmc.errors import UnsupportedModelError
 
@@ -17,6 +18,8 @@ class Overview:
         architectures: What `architectures` says in its configs.
         positions, norm: Kinds, as in llmc/spec.py.
         experts: Some of its models have mixtures of experts.
+        hf: The classes of transformers for which its models are exported; llmc's own where there is none.
+        paddle: PaddleNLP's class for it, None where llmc knows no layout.
         gguf: As which architecture llama.cpp has it, None if not at all.
     """
 
@@ -25,6 +28,8 @@ class Overview:
     positions: tuple[str, ...]
     norm: str
     experts: bool
+    hf: tuple[str, ...]
+    paddle: str | None
     gguf: str | None
 
 
@@ -45,5 +50,16 @@ def _of(family: Family) -> Overview:
         positions=family.positions,
         norm="layer" if "layers.{layer}.attn_norm.bias" in ours else "rms",
         experts="layers.{layer}.moe.router.weight" in ours,
+        hf=_classes(family),
+        paddle=LAYOUTS[family.name].architectures[0] if family.name in LAYOUTS else None,
         gguf=gguf,
     )
+
+
+def _classes(family: Family) -> tuple[str, ...]:
+    """See converters/native.py."""
+    if family.native is None:
+        return (own.ARCHITECTURE,)
+    native = families.by_name(family.native or family.name)
+    is_enough = set(family.positions) <= set(native.positions)
+    return (native.architectures[0],) if is_enough else (native.architectures[0], own.ARCHITECTURE)

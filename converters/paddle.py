@@ -4,11 +4,10 @@
     model_state.pdparams, or model.safetensors  (or shards of either)
     tokenizer files                             as Hugging Face's
 
-Against Hugging Face, every linear is [in, out], the head too, and the model inside has the family's name: `llama.` for
-`model.`. So a family's rules for Paddle are its own with other names, and linears are turned on reading and writing.
-Source: `_get_name_mappings` of each family's modeling.py in PaddleNLP 2 and 3.
+Every linear is [in, out] there, the head too unless it is the embedding; they are turned on reading and writing. Names
+of tensors and settings are those of paddle_layouts.py.
 
-Knows: those differences. Does not know: Paddle, which need not be installed, nor any family.
+Knows: the files. Does not know: Paddle, which need not be installed, nor any family.
 """
 
 from __future__ import annotations
@@ -22,29 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from llmc import checkpoint, tensors
+from llmc import checkpoint, json_file, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
-from llmc.converters import cast, families, hf, hf_tokenizer, json_file, pdparams
+from llmc.converters import cast, families, hf, hf_tokenizer, native, pdparams
 from llmc.converters import source as sources
-from llmc.converters.rules import Family, Progress, Tensors, bind, from_canonical
+from llmc.converters.ops import TRANSPOSED
+from llmc.converters.paddle_layouts import LAYOUTS, Layout, renamed
+from llmc.converters.rules import Family, Progress, Rule, Tensors, bind, from_canonical
 from llmc.converters.source import Source
 from llmc.errors import CheckpointError, UnsupportedModelError
 from llmc.manifest import Manifest, Parent
-from llmc.spec import LinearScaling, ModelSpec
+from llmc.spec import LinearScaling, ModelSpec, Rope
 from llmc.tensors import Array, TensorInfo
 
 SINGLE, INDEX = "model_state.pdparams", "model_state.pdparams.index.json"
 VERSION = "paddlenlp_version"
-
-# Family -> what its tensors begin with in PaddleNLP, where Hugging Face has "model.".
-PREFIXES = {
-    "llama": "llama.",
-    "mixtral": "mixtral.",
-    "qwen2": "qwen2.",
-    "qwen2_moe": "qwen2_moe.",
-}
-_THEIRS = "model."
 
 # How a model is trained, split and computed, and not what.
 _HARMLESS = frozenset(
@@ -57,7 +49,6 @@ _HARMLESS = frozenset(
     """.split()  # noqa: SIM905 - as in reader.py
 ) | {VERSION}
 _REFUSED = {
-    "alibi": "this Baichuan-13B of PaddleNLP's has no place in its LLaMA",
     "fuse_attention_qkv": "llmc does not take apart what PaddleNLP fused",
     "fuse_attention_ffn": "llmc does not take apart what PaddleNLP fused",
     "use_long_sequence_strategies": "llmc does not know them",
@@ -89,14 +80,14 @@ def convert(
 
 
 def _open(folder: Path) -> Source:
-    config = _read_config(json_file.read(folder / hf.CONFIG), folder / hf.CONFIG)
+    layout, config = _read_config(json_file.read(folder / hf.CONFIG), folder / hf.CONFIG)
     family, spec = families.read_spec(config, folder / hf.CONFIG)
     parent = Parent(kind="paddle", sha256=manifests.sha256_of(folder / hf.CONFIG), name=folder.resolve().name)
     if (folder / manifests.NAME).is_file():
         manifests.verify(folder, manifests.read(folder, "export"))
         parent = manifests.parent(folder)
     infos = _read_weights(folder)
-    theirs = _of_paddle(family, _prefix(family, infos))
+    theirs = replace(family, rules=_rules(layout, infos), dropped=layout.dropped)
     found = Source(
         where=folder,
         family=theirs,
@@ -105,29 +96,26 @@ def _open(folder: Path) -> Source:
         copy=functools.partial(_copy, folder, config),
         parents=(parent,),
     )
-    if spec.tied and found.head in infos:
+    if spec.tied and found.head in infos and "tie_word_embeddings" not in layout.fixed:
         raise CheckpointError(
             f"{folder}: the config says that head and embedding are tied, but there is a {found.head}"
         )
     return found
 
 
-def _of_paddle(family: Family, prefix: str) -> Family:
-    """A family as PaddleNLP names its tensors, which are still [out, in]."""
-    rules = tuple(replace(rule, theirs=_renamed(rule.theirs, prefix)) for rule in family.rules)
-    return replace(family, rules=rules, dropped=tuple(_renamed(glob, prefix) for glob in family.dropped), prefix=prefix)
+def _rules(layout: Layout, infos: Mapping[str, TensorInfo]) -> tuple[Rule, ...]:
+    """The rules by the names of this folder; older versions of PaddleNLP had "model." in place of some families'."""
+    prefix = f"{layout.model_type}."
+    is_older = not any(name.startswith(prefix) for name in infos)
+    return renamed(layout.rules, prefix, "model.") if is_older else layout.rules
 
 
-def _renamed(name: str, prefix: str) -> str:
-    return prefix + name.removeprefix(_THEIRS) if name.startswith(_THEIRS) else name
-
-
-def _linears(family: Family, spec: ModelSpec) -> dict[str, str]:
-    """What PaddleNLP keeps as [in, out], by its names -> canonical names: all matrices but the embedding."""
+def _linears(family: Family, spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """What PaddleNLP keeps as [in, out], by its names -> canonical names: all matrices but embeddings."""
     return {
-        item.theirs: item.ours[0]
+        item.theirs: item.ours
         for item in bind(family.rules, spec)
-        if len(item.shapes[0]) == 2 and item.ours[0] != "embed.weight"
+        if len(item.shapes[0]) == 2 and item.ours[0] not in ("embed.weight", "positions.weight")
     }
 
 
@@ -154,32 +142,41 @@ def _turned(name: str, info: TensorInfo, dtype: np.dtype[Any]) -> Array:
     return values
 
 
-def _prefix(family: Family, infos: Mapping[str, TensorInfo]) -> str:
-    """What the tensors of this folder begin with; older versions of PaddleNLP had "model." for some families."""
-    for prefix in (PREFIXES.get(family.name), _THEIRS):
-        if prefix and any(name.startswith(prefix) for name in infos):
-            return prefix
-    raise _unsupported(family)
-
-
-def _unsupported(family: Family) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"llmc knows PaddleNLP's layout of {', '.join(PREFIXES)}, and not that of {family.name}: "
-        "go through Hugging Face's format"
-    )
-
-
-def _read_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The settings in Hugging Face's words."""
-    for key, reason in _REFUSED.items():
-        if config.get(key):
-            raise UnsupportedModelError(f"{where}: '{key}' is {config[key]!r}; llmc supports false alone ({reason})")
+def _read_config(config: Mapping[str, Any], where: Path) -> tuple[Layout, dict[str, Any]]:
+    """The layout of a folder, and its settings in the authors' words."""
+    layout = _layout_of(config, where)
+    refused: dict[str, Any] = dict.fromkeys(_REFUSED, False) | {"alibi": False} | layout.said
+    for key, value in refused.items():
+        if config.get(key) not in (None, value):
+            reason = f" ({_REFUSED[key]})" if key in _REFUSED else ""
+            raise UnsupportedModelError(f"{where}: '{key}' is {config[key]!r}; llmc supports {value!r} alone{reason}")
     kind, factor = config.get("rope_scaling_type"), config.get("rope_scaling_factor", 1.0)
     if kind not in (None, "linear"):
         raise UnsupportedModelError(f"{where}: 'rope_scaling_type' is {kind!r}; llmc supports 'linear' and null")
-    gone = _HARMLESS | _REFUSED.keys() | {"rope_scaling_type", "rope_scaling_factor"}
-    found = {key: value for key, value in config.items() if key not in gone}
-    return found | ({"rope_scaling": {"rope_type": "linear", "factor": factor}} if kind else {})
+    gone = _HARMLESS | layout.harmless | refused.keys() | {"rope_scaling_type", "rope_scaling_factor"}
+    kept = {key: value for key, value in config.items() if key in layout.words or key not in gone}
+    found = {layout.words.get(key, key): value for key, value in kept.items()}
+    for key, value in layout.fixed.items():
+        if found.get(key) not in (None, value):
+            raise UnsupportedModelError(f"{where}: '{key}' is {found[key]!r}; llmc supports {value!r} alone")
+    found |= layout.fixed | {"architectures": list(layout.family.architectures[:1])}
+    return layout, found | ({"rope_scaling": {"rope_type": "linear", "factor": factor}} if kind else {})
+
+
+def _layout_of(config: Mapping[str, Any], where: Path) -> Layout:
+    """The layout that a config names; of several with one class the one whose own settings it has."""
+    met = config.get("architectures") or []
+    named = [layout for layout in LAYOUTS.values() if set(layout.architectures) & set(map(str, met))]
+    for layout in sorted(named, key=lambda layout: -len(layout.said)):
+        if all(config.get(key) == value for key, value in layout.said.items()) or len(named) == 1:
+            return layout
+    if named:
+        return next(layout for layout in named if not layout.said)
+    known = ", ".join(layout.architectures[0] for layout in LAYOUTS.values())
+    raise UnsupportedModelError(
+        f"{where}: 'architectures' is {met!r}; llmc knows PaddleNLP's layout of {known}, and of no other: go through "
+        "Hugging Face's format"
+    )
 
 
 def _read_weights(folder: Path) -> dict[str, TensorInfo]:
@@ -214,18 +211,18 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         UnsupportedModelError: PaddleNLP's layout of this family is not known, or its config cannot say this model.
     """
     found = hf.open_checkpoint(folder)
-    family = families.by_name(found.spec.family)
-    if family.name not in PREFIXES:
-        raise _unsupported(family)
-    config = _write_config(found, family)
-    paddles = _of_paddle(family, PREFIXES[family.name])
+    layout, config = _write_config(found)
+    paddles = replace(layout.family, rules=layout.rules)
     linears = _linears(paddles, found.spec)
-    theirs = from_canonical(paddles.rules, found.spec, Tensors(found.infos, found.__getitem__))
+    source = Tensors(found.infos, found.__getitem__)
+    theirs = from_canonical(paddles.rules, found.spec, source)
 
     def load(name: str) -> Array:
         if name not in linears:
             return theirs.load(name)
-        info = found.infos[linears[name]]
+        if len(linears[name]) > 1:
+            return TRANSPOSED.join([theirs.load(name)], found.spec)
+        info = found.infos[linears[name][0]]
         return _turned(name, info, info.dtype)
 
     turned = {
@@ -244,22 +241,51 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         return manifests.seal(work, made, hashes)
 
 
-def _write_config(found: Checkpoint, family: Family) -> dict[str, Any]:
-    spec, scaling = found.spec, found.spec.rope.scaling
-    for is_there, what in (
-        (scaling is not None and not isinstance(scaling, LinearScaling), "rope scaling other than linear"),
-        (spec.attention.head_dim * spec.attention.num_heads != spec.hidden_size, "a head size of its own"),
-        (spec.attention.o_bias or spec.mlp.bias, "biases of o and of the MLP"),
-        (spec.moe is not None and spec.moe.shared_size and not spec.attention.qkv_bias, "q, k and v without biases"),
-        (spec.moe is not None and spec.moe.dense_layers, "layers without experts among others"),
-        (spec.attention.window is not None, "sliding windows"),
-    ):
-        if is_there:
-            raise UnsupportedModelError(f"llmc does not know how PaddleNLP's {family.name} would say {what}")
-    config = family.write(found.spec) | {VERSION: None, "dtype": str(found.infos["embed.weight"].dtype)}
-    for key in ("rope_scaling", "head_dim", "attention_bias", "mlp_bias"):
-        config.pop(key, None)
+def _write_config(found: Checkpoint) -> tuple[Layout, dict[str, Any]]:
+    """The layout that can say a checkpoint's model: its family's own, or that of the family that computes the same."""
+    family = families.by_name(found.spec.family)
+    names = [name for name in (family.name, family.native) if name in LAYOUTS]
+    if not names:
+        raise UnsupportedModelError(
+            f"llmc knows PaddleNLP's layout of {', '.join(LAYOUTS)}, and not that of {family.name}: "
+            "go through Hugging Face's format"
+        )
+    reasons = []
+    for name in names:
+        try:
+            config = _config_of(LAYOUTS[name], found.spec.model_copy(update={"family": name}))
+        except UnsupportedModelError as error:
+            reasons.append(error)
+            continue
+        generation = json_file.read(found.folder / hf.GENERATION, required=False)
+        config |= {VERSION: None, "dtype": str(found.infos["embed.weight"].dtype)}
+        return LAYOUTS[name], config | {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}
+    raise reasons[0]
+
+
+def _config_of(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
+    """A spec in PaddleNLP's words.
+
+    Raises:
+        UnsupportedModelError: It has no word for something.
+    """
+    family = layout.family
+    if not native.can_say(family, spec):
+        raise UnsupportedModelError(f"this model is no {family.name}")
+    config = family.write(spec)
+    for key, value in layout.fixed.items():
+        if config.pop(key, None) != value:
+            raise UnsupportedModelError(
+                f"llmc does not know how PaddleNLP's {family.name} would say '{key}' other than {value!r}"
+            )
+    scaling = spec.position.scaling if isinstance(spec.position, Rope) else None
+    if scaling is not None and not isinstance(scaling, LinearScaling):
+        raise UnsupportedModelError(f"llmc knows no rope scaling of PaddleNLP's {family.name} other than linear")
+    if "head_dim" in config and config.pop("head_dim") * spec.attention.num_heads != spec.hidden_size:
+        raise UnsupportedModelError(f"PaddleNLP's {family.name} has no head size of its own")
+    config.pop("rope_scaling", None)
     if isinstance(scaling, LinearScaling):
         config |= {"rope_scaling_type": "linear", "rope_scaling_factor": scaling.factor}
-    generation = json_file.read(found.folder / hf.GENERATION, required=False)
-    return config | {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}
+    words = {ours: theirs for theirs, ours in layout.words.items()}
+    said = {words.get(key, key): value for key, value in config.items()} | layout.said
+    return said | {"architectures": [layout.architectures[0]], "model_type": layout.model_type}

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from llmc import checkpoint, tensors
+from llmc import checkpoint, json_file, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
-from llmc.converters import cast, families, hf, json_file, pickled
+from llmc.converters import cast, families, hf, pickled
 from llmc.converters import source as sources
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Progress, Tensors, bind, from_canonical

@@ -122,6 +122,11 @@ class Reader:
         values = self._take(key, Mapping, "an object", None)
         return Reader(values, f"{self.where}: {key}") if values else None
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A mapping as it is, for a reader of another kind; it must be there."""
+        values: Mapping[str, Any] = self._take(key, Mapping, "an object", ...)
+        return values
+
     def note(self, *keys: str) -> None:
         """Take note of settings that mean nothing beside others of this model."""
         self._read.update(keys)

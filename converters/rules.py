@@ -81,8 +81,8 @@ class Family:
         prefix: With which all names but the head's begin, and which a folder may lack: transformers saves the model
             under the head without it.
         positions: The kinds of position (llmc/spec.py) that its models have.
-        native: Another family, whose class in transformers computes what most models of this one compute; transformers
-            has no class for this one then.
+        native: The family whose class in transformers computes most models of this one: its own (""), or another,
+            where transformers has none of its own; None where it has none at all.
         sign: A setting that its configs switch on, where another family has the same architectures.
     """
 
@@ -94,7 +94,7 @@ class Family:
     dropped: tuple[str, ...] = ()
     prefix: str = ""
     positions: tuple[str, ...] = ("rope",)
-    native: str = ""
+    native: str | None = ""
     sign: str = ""
 
 

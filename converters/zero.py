@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from llmc import json_file
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
-from llmc.converters import cast, families, hf, json_file, pickled
+from llmc.converters import cast, families, hf, pickled
 from llmc.converters import source as sources
 from llmc.converters.rules import Progress, Tensors
 from llmc.converters.source import Source

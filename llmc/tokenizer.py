@@ -8,7 +8,6 @@ Does not know: chat templates beyond carrying their text (llmc/prompt.py renders
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import tokenizers
 
+from llmc import json_file
 from llmc.errors import CheckpointError
 
 # Characters from which on a text takes long enough for other threads to notice.
@@ -52,7 +52,10 @@ class Tokenizer:
         """
         backend = _read_backend(folder / "tokenizer.json")
         # The older special_tokens_map.json repeats what tokenizer_config.json says, which therefore wins.
-        config = {**_read(folder / "special_tokens_map.json"), **_read(folder / "tokenizer_config.json")}
+        config = {
+            **json_file.read(folder / "special_tokens_map.json", required=False),
+            **json_file.read(folder / "tokenizer_config.json", required=False),
+        }
         path = folder / "tokenizer_config.json"
         tokens = {name: _token(config, name, path) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         ends = _eos_ids(folder / "generation_config.json")
@@ -97,19 +100,6 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
-
-
 def _token(config: dict[str, Any], name: str, path: Path) -> str | None:
     """A token's text; older files have an object with its flags around it."""
     value = config.get(name)
@@ -120,7 +110,7 @@ def _token(config: dict[str, Any], name: str, path: Path) -> str | None:
 
 
 def _eos_ids(path: Path) -> frozenset[int]:
-    value = _read(path).get("eos_token_id")
+    value = json_file.read(path, required=False).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
         raise CheckpointError(f"{path}: 'eos_token_id' is {value!r}, expected a number or a list of them")

@@ -311,6 +311,7 @@ TINY: dict[str, Case] = {
             "num_hidden_layers": 3,
         },
     ),
+    "qwen2-moe-all": Case("qwen2_moe", {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64}),
     "qwen2-moe-window": Case(
         "qwen2_moe",
         {

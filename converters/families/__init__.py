@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmc.config import explain
+from llmc.converters import own
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Family
 from llmc.errors import UnsupportedModelError
@@ -40,7 +41,7 @@ def by_name(name: str) -> Family:
 
 
 def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSpec]:
-    """Find the family of a Hugging Face config, and read it.
+    """Find the family of a Hugging Face config, or llmc's own form of one (own.py), and read it.
 
     Args:
         where: The config's path, for errors.
@@ -55,12 +56,17 @@ def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSp
         key=lambda family: family.sign,
     )
     known = {architecture: family for family in fitting for architecture in family.architectures}
-    family = next((known[name] for name in met if name in known), None) if isinstance(met, list) else None
-    if family is None:
+    names = met if isinstance(met, list) else []
+    family = next((known[name] for name in names if name in known), None)
+    if family is None and own.ARCHITECTURE not in names:
         raise UnsupportedModelError(
             f"{where}: 'architectures' is {met!r}, which llmc does not support; it supports {', '.join(known)}"
         )
+    reader = Reader(config, str(where))
     try:
-        return family, family.read(Reader(config, str(where)))
+        if family is None:
+            spec = own.read(reader)
+            return own.form(spec), spec
+        return family, family.read(reader)
     except ValidationError as error:
         raise UnsupportedModelError(f"{where}: {explain(error, ModelSpec)[0]}") from None

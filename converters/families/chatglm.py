@@ -56,4 +56,4 @@ def write(spec: ModelSpec) -> dict[str, Any]:
 
 
 _NAMES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
-FAMILY = Family("chatglm", _NAMES, read, write, RULES, ("*.rotary_emb.inv_freq",), sign="position_encoding_2d")
+FAMILY = Family("chatglm", _NAMES, read, write, RULES, ("*.rotary_emb.inv_freq",), native=None, sign="position_encoding_2d")

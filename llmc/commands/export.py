@@ -36,4 +36,4 @@ def command(checkpoint: Path, out: Path, form: str, kind: str | None, overwrite:
 
     click.echo(f"{out}: {folder_size(out)}, {time.perf_counter() - began:.1f} s")
     click.echo(f"  format  {form} ({formats.FORMATS[form].about}): {', '.join(made.files)}")
-    click.echo(f"next: {formats.FORMATS[form].next.format(out=out)}")
+    click.echo(f"next: {formats.FORMATS[form].next.format(out=out, checkpoint=checkpoint)}")

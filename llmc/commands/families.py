@@ -13,8 +13,9 @@ import click
 def command(as_json: bool) -> None:
     """Print the model families that llmc converts, with what each supports.
 
-    All are quantized, built and served alike, and exported under their authors' names. GGUF is the architecture as
-    which llama.cpp has a family.
+    All are quantized, built and served alike. The last columns are the formats of `llmc export`: original is under
+    the authors' own names, hf for a class of transformers (LlmcForCausalLM is llmc's own, which `import llmc.modeling`
+    adds to it), paddle for a class of PaddleNLP, gguf as which llama.cpp has a family.
     """
     from rich.console import Console
     from rich.table import Table
@@ -26,16 +27,17 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(family) for family in found], indent=1))
         return
     table = Table(title=f"{len(found)} model families", title_justify="left", box=None)
-    for column in ("family", "architectures", "positions", "norm", "experts", "GGUF", "export"):
+    for column in ("family", "positions", "norm", "experts", "original", "hf", "paddle", "gguf"):
         table.add_column(column, overflow="fold")
     for family in found:
         table.add_row(
             family.name,
-            " ".join(family.architectures),
             " ".join(family.positions),
             family.norm,
             "yes" if family.experts else "",
+            " ".join(family.architectures),
+            " ".join(family.hf),
+            family.paddle or "",
             family.gguf or "",
-            "hf",
         )
     Console().print(table)

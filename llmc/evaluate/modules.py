@@ -6,6 +6,7 @@ What goes into the first layer and comes out of each is seen by hooks on the lay
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ def open_hugging_face(folder: Path, **about: Any) -> Side:
         CheckpointError: The folder lacks weights that the class has.
     """
     transformers = need("transformers")
+    importlib.import_module("llmc.modeling")  # which adds llmc's own class to transformers'
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:

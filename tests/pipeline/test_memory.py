@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
 from llmc.converters import families
+from llmc.converters.convert import convert
 from llmc.converters.rules import source_names
 from llmc.names import tensors
 
@@ -23,31 +25,40 @@ from pathlib import Path
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
-from llmc.converters import hf, paddle, peft  # what is imported is not what converting costs
+from llmc.converters import convert, gguf, gguf_writer, hf, own, paddle, peft  # importing is not what converting costs
+from llmc.checkpoint import Checkpoint
+import gguf as _
 before = kilobytes("VmRSS")
 kind, source, base, out = sys.argv[1], *map(Path, sys.argv[2:])
 if kind == "paddle":
     paddle.convert(source, out)
 elif kind == "export":
     paddle.export(source, out)
+elif kind == "own":
+    found = Checkpoint(source)
+    hf.write(found, own.form(found.spec), found.spec, out)
+elif kind == "from-gguf":
+    gguf.convert(source / "model.gguf", out)
+elif kind.startswith("gguf-"):
+    gguf_writer.export(source, out, kind=kind.removeprefix("gguf-"))
 else:
     peft.convert(source, out, base=base, dtype=kind)
 print(kilobytes("VmHWM") - before)
 """
 
 CONFIG = {
-    "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64000, "num_hidden_layers": 10,
+    "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64000, "num_hidden_layers": 12,
     "num_attention_heads": 8, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"],
 }  # fmt: skip
 LARGEST = 4 * 64000 * 1024
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a random model of 800 MB, whose largest tensors are its embedding and its head."""
+    """Of a random model of 1 GB, whose largest tensors are its embedding and its head."""
     family, spec = families.read_spec(CONFIG, folder)
     names = source_names(family.rules, spec)
     values = {names[name]: torch.rand(shape) for name, shape in tensors(spec).items()}
-    assert sum(value.nbytes for value in values.values()) > 800e6
+    assert sum(value.nbytes for value in values.values()) > 1e9
     assert max(value.nbytes for value in values.values()) == LARGEST
     return values
 
@@ -98,3 +109,17 @@ def test_transposed_both_ways(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "paddlenlp_version": None}), encoding="utf-8")
     assert grown("paddle", folder, folder, tmp_path / "checkpoint") < LARGEST + 300e6
     assert grown("export", tmp_path / "checkpoint", folder, tmp_path / "back") < LARGEST + 300e6
+
+
+@pytest.mark.slow
+def test_gguf_both_ways(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    save_file(weights(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    tiny.save_tokenizer(folder)
+    convert(folder, tmp_path / "checkpoint")
+    for kind in ("f32", "f16", "q8_0", "q4_0"):
+        assert grown(f"gguf-{kind}", tmp_path / "checkpoint", folder, tmp_path / kind) < LARGEST + 300e6
+        assert grown("from-gguf", tmp_path / kind, folder, tmp_path / f"from-{kind}") < LARGEST + 300e6
+    assert grown("own", tmp_path / "checkpoint", folder, tmp_path / "own") < LARGEST + 300e6

@@ -16,7 +16,7 @@ FOLDERS = ("llmc", "converters", "builders", "trainers", "serve")
 # From the bottom: a module imports from lower rows and from its own package, never sideways, never up.
 LAYERS: list[set[str]] = [
     {"llmc", "llmc.errors"},
-    {"llmc.log", "llmc.config", "llmc.need"},
+    {"llmc.log", "llmc.config", "llmc.need", "llmc.json_file"},
     {"llmc.manifest", "llmc.spec", "llmc.tensors", "llmc.runtime"},
     {"llmc.names", "llmc.engine", "llmc.verified", "llmc.rope", "llmc.alibi", "llmc.prefix"},
     {"llmc.recipe"},
@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"llmc.tokenizer"},
     {"llmc.text", "llmc.sample_text", "llmc.prompt"},
     {"llmc.model"},
-    {"llmc.layerwise"},
+    {"llmc.layerwise", "llmc.modeling"},
     {"llmc.quant", "llmc.evaluate"},
     {"llmc.converters", "llmc.builders", "llmc.trainers", "llmc.serve"},
     {"llmc.commands"},
@@ -36,12 +36,13 @@ HEAVY = {
     "torch": {
         "llmc.model",
         "llmc.layerwise",
+        "llmc.modeling",
         "llmc.quant",
         "llmc.evaluate",
         "llmc.trainers",
         "llmc.converters.pickled",
     },
-    "transformers": {"llmc.trainers", "llmc.converters.hf_tokenizer", "llmc.evaluate.modules"},
+    "transformers": {"llmc.trainers", "llmc.converters.hf_tokenizer", "llmc.evaluate.modules", "llmc.modeling"},
     "accelerate": {"llmc.trainers"},
     "matplotlib": {"llmc.trainers.curves", "llmc.serve.bench.plot", "llmc.quant.picture"},
     "safetensors": set[str](),

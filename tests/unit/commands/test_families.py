@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 import llmc.converters.families
 from llmc.cli import group
-from llmc.converters import families
+from llmc.converters import families, native, paddle
 from llmc.converters.overview import Overview, overview
+from llmc.errors import UnsupportedModelError
 
 FILES = sorted(path.stem for path in Path(llmc.converters.families.__file__).parent.glob("*.py"))
 NAMES = [name for name in FILES if name != "__init__"]
@@ -38,13 +39,28 @@ def test_json() -> None:
     assert [name for name in NAMES if by_name[name]["experts"]] == ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
+def exports(checkpoint: Path, out: Path) -> bool:
+    """Whether PaddleNLP's format can say a model."""
+    try:
+        return paddle.export(checkpoint, out).kind == "export"
+    except UnsupportedModelError:
+        return False
+
+
 @pytest.mark.parametrize("family", overview(), ids=lambda family: family.name)
-def test_what_it_says_is_what_the_tiny_models_show(family: Overview, tiny_source: Callable[[str], Path]) -> None:
-    specs = []
+def test_what_it_says_is_what_the_tiny_models_show(
+    family: Overview, tiny_source: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    specs, classes = [], set()
+    names = [name for name, case in tiny.TINY.items() if case.model_type == family.name]
     for name, case in tiny.TINY.items():
         if case.model_type == family.name:
+            native.export(tiny_checkpoint(name), tmp_path / name)
+            classes.update(json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))["architectures"])
             config = json.loads((tiny_source(name) / "config.json").read_text(encoding="utf-8"))
             specs.append(families.read_spec(config, name)[1])
     assert {spec.position.kind for spec in specs} == set(family.positions)
+    assert classes - set(family.architectures[1:]) == set(family.hf)
+    assert (family.paddle is not None) == any(exports(tiny_checkpoint(name), tmp_path / "p" / name) for name in names)
     assert {spec.norm.kind for spec in specs} == {family.norm}
     assert any(spec.moe for spec in specs) == family.experts

@@ -183,6 +183,14 @@ def test_what_is_not_supported_is_refused_by_name_and_value(changes: dict[str, A
         ("baichuan-13b", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'rope_scaling'"]),
         ("baichuan2-13b", {"hidden_act": "gelu"}, ["'hidden_act'", "'gelu'"]),
         ("gpt2", {"n_head": 5}, ["5 heads", "64"]),
+        ("glm", {"hidden_act": "gelu"}, ["'hidden_act'", "'gelu'"]),
+        ("glm", {"mlp_bias": True}, ["'mlp_bias'", "True"]),
+        ("glm", {"sliding_window": 128}, ["'sliding_window'", "128"]),
+        ("glm", {"rope_interleaved": True}, ["'rope_interleaved'", "True"]),
+        ("glm4", {"hidden_act": "relu"}, ["'hidden_act'", "'relu'"]),
+        ("glm4", {"use_qk_norm": True}, ["'use_qk_norm'", "True"]),
+        ("glm4", {"num_key_value_heads": 3}, ["4", "3"]),
+        ("glm4", {"rope_scaling": {"rope_type": "mrope", "mrope_section": [8, 12, 12]}}, ["'mrope'"]),
     ],
 )
 def test_what_the_other_families_refuse(

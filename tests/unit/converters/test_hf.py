@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
+from llmc import json_file
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
-from llmc.converters import hf, json_file, pickled
+from llmc.converters import hf, pickled
 from llmc.converters.convert import convert
 from llmc.errors import CheckpointError, ManifestError, UnsupportedModelError, UserError
 from llmc.manifest import Manifest
@@ -416,8 +417,8 @@ print(kilobytes("VmHWM") - before)
 
 
 def large_source(folder: Path, form: str) -> int:
-    """A random model of 800 MB with tensors over 100 MB; returns the bytes of the largest."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64000, "num_hidden_layers": 10}
+    """A random model of 1 GB with tensors over 100 MB; returns the bytes of the largest."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64000, "num_hidden_layers": 12}
     config = {**sizes, "num_attention_heads": 8, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"]}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -428,7 +429,7 @@ def large_source(folder: Path, form: str) -> int:
     family, spec = families.read_spec(config, folder)
     names = source_names(family.rules, spec)
     values = {names[name]: torch.rand(shape, dtype=torch.float32) for name, shape in tensors(spec).items()}
-    assert sum(value.nbytes for value in values.values()) > 800e6
+    assert sum(value.nbytes for value in values.values()) > 1e9
     if form == "bin":
         torch.save(values, folder / pickled.SINGLE)
     else:

@@ -11,7 +11,10 @@ import oracles
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from llmc import modeling
 from llmc.checkpoint import Checkpoint
 from llmc.converters import families, hf, native
 from llmc.converters.convert import convert
@@ -36,8 +39,6 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_transformers_computes_it(name: str, tiny_source: Folder, tiny_checkpoint: Folder, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     native.export(tiny_checkpoint(name), tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))["architectures"] == [CLASSES[name]]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -60,24 +61,46 @@ def test_it_can_be_converted_again(name: str, tiny_checkpoint: Folder, tmp_path:
 
 
 @pytest.mark.parametrize("name", NONE)
-def test_what_no_class_computes_stays_its_authors(
-    name: str, tiny_checkpoint: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_what_no_class_computes_is_for_llmc_s_own(
+    name: str, tiny_source: Folder, tiny_checkpoint: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     native.export(tiny_checkpoint(name), tmp_path / "hf")
-    hf.export(tiny_checkpoint(name), tmp_path / "original")
-    assert files(tmp_path / "hf") == files(tmp_path / "original")
     assert "no class for this baichuan" in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model) is modeling.LlmcForCausalLM
+    assert model.generation_config.eos_token_id == [2, 0]
+    oracle, tokens = oracles.load(tiny_source(name)), torch.tensor([tiny.tokens(40)])
+    with torch.no_grad():
+        expected, met = oracle(tokens).logits, model(tokens).logits
+    assert (met - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    one, two = Checkpoint(tiny_checkpoint(name)), convert(tmp_path / "hf", tmp_path / "again")
+    assert two.spec == one.spec
+    assert two.manifest.files["model.safetensors"] == one.manifest.files["model.safetensors"]
+    hf.export(tmp_path / "again", tmp_path / "original")
+    met, expected = (load_file(at / "model.safetensors") for at in (tmp_path / "original", tiny_source(name)))
+    assert met.keys() == expected.keys()
+    assert all(torch.equal(met[tensor], expected[tensor]) for tensor in met)
 
 
 def test_every_other_family_has_one_form(tiny_checkpoint: Folder, tmp_path: Path) -> None:
     looked = set()
     for name, case in tiny.TINY.items():
         spec = Checkpoint(tiny_checkpoint(name)).spec
-        if families.by_name(spec.family).native or spec.family in looked:
+        if families.by_name(spec.family).native != "" or spec.family in looked:
             assert name in (*CLASSES, *NONE) or spec.family in looked, f"{name} {case}"
             continue
         looked.add(spec.family)
         native.export(tiny_checkpoint(name), tmp_path / name / "hf")
         hf.export(tiny_checkpoint(name), tmp_path / name / "original")
         assert files(tmp_path / name / "hf") == files(tmp_path / name / "original")
-    assert looked == {family.name for family in families.load_all().values() if not family.native}
+    assert looked == {family.name for family in families.load_all().values() if family.native == ""}
+
+
+def test_transformers_has_the_classes_that_families_name() -> None:
+    """And none for the authors' own names where a family names another's."""
+    import transformers
+
+    for family in families.load_all().values():
+        classes = [getattr(transformers, name, None) for name in family.architectures]
+        assert (classes[0] is not None) == (family.native == ""), family.name

@@ -1,7 +1,8 @@
 """PaddleNLP folders, written as PaddleNLP's own code reads: no Paddle is installed to make them.
 
-`NAMES` repeats `_get_name_mappings` of PaddleNLP's modeling.py for each family: Hugging Face's name, Paddle's name,
-and whether the two are transposed; it is not derived from llmc's rules.
+`names` and `config_of` repeat `_get_name_mappings` and the configs of PaddleNLP for each family (modeling.py and
+configuration.py): Hugging Face's name, Paddle's name, and whether the two are transposed, or one is a third of the
+other. They are not derived from llmc's rules.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,90 +29,222 @@ from llmc.errors import CheckpointError, LlmcError, UnsupportedModelError, UserE
 from llmc.tensors import read_tensor
 
 Folder = Callable[[str], Path]
-CASES = {name: tiny.TINY[name] for name in ("llama", "llama-tied", "qwen2", "qwen2.5-tied", "mixtral")} | {
-    "qwen2-moe-all": tiny.Case(
-        "qwen2_moe",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 64,
-        },
-    )
-}
+LIKE_LLAMA = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen2.5-tied", "mixtral")
+OTHERS = ("baichuan-13b", "qwen1", "qwen1-head-dim", "chatglm3", "bloom", "bloom-6-heads", "gpt2", "opt", "opt-350m")
+CASES = (*LIKE_LLAMA, "qwen2-moe-all", *OTHERS)
+
+TURNED = "transpose"
+Mapping = tuple[str, str, str | int]  # the third: TURNED, "" for the same, or which third of Hugging Face's
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tiny_source: Folder) -> Folder:
-    """Name of a case -> its Hugging Face folder."""
-    root = tmp_path_factory.mktemp("paddle-source")
-
-    def find(name: str) -> Path:
-        if name in tiny.TINY:
-            return tiny_source(name)
-        return root / name if (root / name).exists() else tiny.save(CASES[name], root / name)
-
-    return find
+def names(config: dict[str, Any]) -> list[Mapping]:
+    """Every tensor of a model."""
+    return {
+        "baichuan": names_of_baichuan, "bloom": names_of_bloom, "chatglm": names_of_chatglm, "gpt2": names_of_gpt,
+        "opt": names_of_opt, "qwen": names_of_qwen,
+    }.get(config["model_type"], names_like_llama)(config)  # fmt: skip
 
 
-def names(config: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Hugging Face's name, PaddleNLP's, and whether they are transposed."""
-    kind, inner = config["model_type"], []
+def prefixed(theirs: str, paddles: str, found: list[Mapping]) -> list[Mapping]:
+    return [(theirs + name, paddles + other, how) for name, other, how in found]
+
+
+def same(*found: tuple[str, str]) -> list[Mapping]:
+    return [(name, name, how) for name, how in found]
+
+
+def biased(name: str, other: str) -> list[Mapping]:
+    return [(f"{name}.weight", f"{other}.weight", TURNED), (f"{name}.bias", f"{other}.bias", "")]
+
+
+def norm(name: str, other: str) -> list[Mapping]:
+    return [(f"{name}.{kind}", f"{other}.{kind}", "") for kind in ("weight", "bias")]
+
+
+def names_of_bloom(config: dict[str, Any]) -> list[Mapping]:
+    found = [*same(("word_embeddings.weight", "")), *norm(*["word_embeddings_layernorm"] * 2), *norm("ln_f", "ln_f")]
+    for layer in range(config["n_layer"]):
+        at = f"h.{layer}."
+        for module in ("query_key_value", "dense"):
+            found += biased(f"{at}self_attention.{module}", f"{at}self_attention.{module}")
+        for module in ("dense_h_to_4h", "dense_4h_to_h"):
+            found += biased(f"{at}mlp.{module}", f"{at}mlp.{module}")
+        for module in ("input_layernorm", "post_attention_layernorm"):
+            found += norm(at + module, at + module)
+    return prefixed("transformer.", "bloom.", found)
+
+
+def names_of_gpt(config: dict[str, Any]) -> list[Mapping]:
+    found: list[Mapping] = [
+        ("wte.weight", "embeddings.word_embeddings.weight", ""),
+        ("wpe.weight", "embeddings.position_embeddings.weight", ""),
+        *norm("ln_f", "decoder.norm"),
+    ]
+    for layer in range(config["n_layer"]):
+        at, to = f"h.{layer}.", f"decoder.layers.{layer}."
+        modules = {"ln_1": "norm1", "ln_2": "norm2", "mlp.c_fc": "linear1", "mlp.c_proj": "linear2"}
+        for module, other in (modules | {"attn.c_proj": "self_attn.out_proj"}).items():
+            found += norm(at + module, to + other)  # Conv1D lies as Paddle's linears do
+        for index, x in enumerate("qkv"):
+            for kind in ("weight", "bias"):
+                found.append((f"{at}attn.c_attn.{kind}", f"{to}self_attn.{x}_proj.{kind}", index))
+    return prefixed("transformer.", "gpt.", found)
+
+
+def names_of_opt(config: dict[str, Any]) -> list[Mapping]:
+    found: list[Mapping] = [
+        ("decoder.embed_tokens.weight", "embeddings.word_embeddings.weight", ""),
+        ("decoder.embed_positions.weight", "embeddings.position_embeddings.weight", ""),
+    ]
+    if config["do_layer_norm_before"]:
+        found += norm("decoder.final_layer_norm", "decoder.final_layer_norm")
+    if config["word_embed_proj_dim"] != config["hidden_size"]:
+        found.append(("decoder.project_in.weight", "embeddings.project_in.weight", TURNED))
+        found.append(("decoder.project_out.weight", "decoder.project_out.weight", TURNED))
+    for layer in range(config["num_hidden_layers"]):
+        at = f"decoder.layers.{layer}."
+        for x in ("q", "k", "v", "out"):
+            found += biased(f"{at}self_attn.{x}_proj", f"{at}self_attn.{x}_proj")
+        found += [*norm(f"{at}self_attn_layer_norm", f"{at}norm1"), *norm(f"{at}final_layer_norm", f"{at}norm2")]
+        found += [*biased(f"{at}fc1", f"{at}linear1"), *biased(f"{at}fc2", f"{at}linear2")]
+    return prefixed("model.", "opt.", found)
+
+
+def names_of_qwen(config: dict[str, Any]) -> list[Mapping]:
+    found = same(("wte.weight", ""), ("ln_f.weight", ""))
+    for layer in range(config["num_hidden_layers"]):
+        at = f"h.{layer}."
+        found += same((f"{at}ln_1.weight", ""), (f"{at}ln_2.weight", ""), (f"{at}attn.c_attn.bias", ""))
+        for module in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"):
+            found += same((f"{at}{module}.weight", TURNED))
+    return [*prefixed("transformer.", "qwen.", found), *same(("lm_head.weight", TURNED))]
+
+
+def names_of_chatglm(config: dict[str, Any]) -> list[Mapping]:
+    found = same(("embedding.word_embeddings.weight", ""), ("encoder.final_layernorm.weight", ""))
+    for layer in range(config["num_layers"]):
+        at = f"encoder.layers.{layer}."
+        for module in ("input_layernorm", "post_attention_layernorm"):
+            found += same((f"{at}{module}.weight", ""))
+        found += same((f"{at}self_attention.query_key_value.bias", ""))
+        for module in ("query_key_value", "dense"):
+            found += same((f"{at}self_attention.{module}.weight", TURNED))
+        for module in ("dense_h_to_4h", "dense_4h_to_h"):
+            found += same((f"{at}mlp.{module}.weight", TURNED))
+    return prefixed("transformer.", "chatglm_v2.", [*found, *same(("output_layer.weight", TURNED))])
+
+
+def names_of_baichuan(config: dict[str, Any]) -> list[Mapping]:
+    """PaddleNLP runs it as a LLaMA with `alibi`."""
+    found = same(("embed_tokens.weight", ""), ("norm.weight", ""))
     for layer in range(config["num_hidden_layers"]):
         at = f"layers.{layer}."
-        inner += [(f"{at}self_attn.{name}_proj.weight", True) for name in "qkvo"]
-        inner += [(f"{at}{name}_layernorm.weight", False) for name in ("input", "post_attention")]
+        for index, x in enumerate("qkv"):
+            found.append((f"{at}self_attn.W_pack.weight", f"{at}self_attn.{x}_proj.weight", index))
+        for module in ("self_attn.o_proj", *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))):
+            found += same((f"{at}{module}.weight", TURNED))
+        found += same((f"{at}input_layernorm.weight", ""), (f"{at}post_attention_layernorm.weight", ""))
+    return [*prefixed("model.", "llama.", found), *same(("lm_head.weight", TURNED))]
+
+
+def names_like_llama(config: dict[str, Any]) -> list[Mapping]:
+    kind = config["model_type"]
+    inner: list[tuple[str, str]] = [("embed_tokens.weight", ""), ("norm.weight", "")]
+    for layer in range(config["num_hidden_layers"]):
+        at = f"layers.{layer}."
+        inner += [(f"{at}self_attn.{name}_proj.weight", TURNED) for name in "qkvo"]
+        inner += [(f"{at}{name}_layernorm.weight", "") for name in ("input", "post_attention")]
         if kind in ("qwen2", "qwen2_moe"):
-            inner += [(f"{at}self_attn.{name}_proj.bias", False) for name in "qkv"]
+            inner += [(f"{at}self_attn.{name}_proj.bias", "") for name in "qkv"]
         if kind == "mixtral":
             inner += [
-                (f"{at}block_sparse_moe.experts.{expert}.w{index}.weight", True)
+                (f"{at}block_sparse_moe.experts.{expert}.w{index}.weight", TURNED)
                 for expert in range(config["num_local_experts"])
                 for index in (1, 2, 3)
             ]
-            inner += [(f"{at}block_sparse_moe.gate.weight", True)]
+            inner += [(f"{at}block_sparse_moe.gate.weight", TURNED)]
         elif kind == "qwen2_moe":
             modules = [f"experts.{expert}" for expert in range(config["num_experts"])] + ["shared_expert"]
-            inner += [(f"{at}mlp.{module}.{x}_proj.weight", True) for module in modules for x in ("gate", "up", "down")]
-            inner += [(f"{at}mlp.{name}.weight", True) for name in ("gate", "shared_expert_gate")]
+            inner += [(f"{at}mlp.{one}.{x}_proj.weight", TURNED) for one in modules for x in ("gate", "up", "down")]
+            inner += [(f"{at}mlp.{name}.weight", TURNED) for name in ("gate", "shared_expert_gate")]
         else:
-            inner += [(f"{at}mlp.{name}_proj.weight", True) for name in ("gate", "up", "down")]
-    inner += [("embed_tokens.weight", False), ("norm.weight", False)]
-    for name, is_turned in inner:
-        yield f"model.{name}", f"{kind}.{name}", is_turned
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", "lm_head.weight", True
+            inner += [(f"{at}mlp.{name}_proj.weight", TURNED) for name in ("gate", "up", "down")]
+    found = prefixed("model.", f"{kind}.", same(*inner))
+    return found if config["tie_word_embeddings"] else [*found, *same(("lm_head.weight", TURNED))]
 
 
 def state_of(source: Path) -> dict[str, np.ndarray]:
     """A Hugging Face folder's weights as PaddleNLP holds them."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    theirs, found = load_file(source / "model.safetensors"), {}
-    for hugging_face, name, is_turned in names(config):
-        value = theirs.pop(hugging_face)
-        found[name] = np.ascontiguousarray(value.T) if is_turned else value
-    assert not theirs
+    theirs, found, used = load_file(source / "model.safetensors"), {}, set()
+    for hugging_face, name, how in names(config):
+        value = theirs[hugging_face]
+        used.add(hugging_face)
+        if isinstance(how, int):
+            value = value.T if config["model_type"] == "baichuan" else value
+            value = np.split(value, 3, axis=-1)[how]
+        found[name] = np.ascontiguousarray(value.T if how == TURNED else value)
+    assert used == theirs.keys()
     return found
+
+
+# Hugging Face's word -> PaddleNLP's, and what else PaddleNLP's config says.
+WORDS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+    },
+    "opt": {
+        "ffn_dim": "intermediate_size", "activation_function": "hidden_act", "do_layer_norm_before": "normalize_before",
+    },
+    "chatglm": {
+        "num_layers": "num_hidden_layers", "padded_vocab_size": "vocab_size", "seq_length": "max_sequence_length",
+    },
+    "baichuan": {"model_max_length": "max_position_embeddings"},
+}  # fmt: skip
+CLASSES = {
+    "gpt2": "GPTForCausalLM", "qwen": "QWenForCausalLM", "chatglm": "ChatGLMv2ForCausalLM",
+    "baichuan": "LlamaForCausalLM",
+}  # fmt: skip
+UNSAID: dict[str, tuple[str, ...]] = {
+    "gpt2": ("activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
+    "opt": ("tie_word_embeddings",),
+    "chatglm": ("_name_or_path", "multi_query_attention", "original_rope", "rope_ratio", "tie_word_embeddings"),
+}
+ADDED: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 16,
+        "eol_token_id": 3, "intermediate_size": 256,
+    },
+    "opt": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 16, "mp_degree": 1},
+    "chatglm": {"interleaved_qkv": False},
+    "baichuan": {"alibi": True, "num_key_value_heads": 6, "rope_theta": 10000.0},
+}  # fmt: skip
 
 
 def config_of(source: Path) -> dict[str, Any]:
     """Its config as PaddleNLP saves it."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("transformers_version")
-    rope = config.pop("rope_parameters")
+    kind = config["model_type"]
+    config.pop("transformers_version", None)
+    config.pop("auto_map", None)
+    rope = config.pop("rope_parameters", None)
+    if rope:
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling_factor": 1.0, "rope_scaling_type": None}
+    words = WORDS.get(kind, {})
+    found = {words.get(key, key): value for key, value in config.items() if key not in UNSAID.get(kind, ())}
     return {
-        **config,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling_factor": 1.0,
-        "rope_scaling_type": None,
+        **found,
+        "architectures": [CLASSES.get(kind, config["architectures"][0])],
         "paddlenlp_version": "3.0.0b3",
         "alibi": False,
         "fuse_attention_qkv": False,
-        "seq_length": 2048,
+        **({} if kind in ("qwen", "bloom") else {"seq_length": 2048}),
         "use_recompute": False,
         "recompute_granularity": "full",
         "tensor_parallel_output": True,
         "use_flash_attention": False,
+        **ADDED.get(kind, {}),
     }
 
 
@@ -158,9 +291,9 @@ def dump(state: dict[str, Any], path: Path, protocol: int = 4) -> None:
 
 @pytest.mark.parametrize("form", ["safetensors", "pdparams", "named", "shards"])
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_the_model_that_hugging_face_has(name: str, form: str, source: Folder, tmp_path: Path) -> None:
-    expected = hf.convert(source(name), tmp_path / "expected")
-    found = convert(write(source(name), tmp_path / "paddle", form=form), tmp_path / "out")
+def test_it_is_the_model_that_hugging_face_has(name: str, form: str, tiny_source: Folder, tmp_path: Path) -> None:
+    expected = hf.convert(tiny_source(name), tmp_path / "expected")
+    found = convert(write(tiny_source(name), tmp_path / "paddle", form=form), tmp_path / "out")
     assert found.spec == expected.spec
     assert list(found) == list(expected)
     for tensor in expected:
@@ -170,18 +303,24 @@ def test_it_is_the_model_that_hugging_face_has(name: str, form: str, source: Fol
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_exported_is_what_paddlenlp_holds(name: str, source: Folder, tmp_path: Path) -> None:
-    hf.convert(source(name), tmp_path / "ckpt")
+def test_what_is_exported_is_what_paddlenlp_holds(name: str, tiny_source: Folder, tmp_path: Path) -> None:
+    hf.convert(tiny_source(name), tmp_path / "ckpt")
     paddle.export(tmp_path / "ckpt", tmp_path / "paddle")
-    met, expected = load_file(tmp_path / "paddle/model.safetensors"), state_of(source(name))
-    assert met.keys() == expected.keys()
-    for tensor, value in expected.items():
+    met, state = load_file(tmp_path / "paddle/model.safetensors"), state_of(tiny_source(name))
+    assert met.keys() == state.keys()
+    for tensor, value in state.items():
         assert np.array_equal(met[tensor], value), tensor
     with safe_open(tmp_path / "paddle/model.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "np"}
     config = json.loads((tmp_path / "paddle/config.json").read_text(encoding="utf-8"))
-    assert config["architectures"] == config_of(source(name))["architectures"]
-    assert config["rope_theta"] == config_of(source(name))["rope_theta"]
+    assert config["architectures"] == config_of(tiny_source(name))["architectures"]
+    expected = config_of(tiny_source(name))
+    others = {"model_type", "paddlenlp_version", "dtype", "torch_dtype"}
+    unused = set() if name == "mistral-window" else {"sliding_window", "max_window_layers", "layer_types"}
+    common = config.keys() & expected.keys() - others - unused
+    for key in common:
+        assert config[key] == expected[key] or "token_id" in key, key
+    assert len(common) > 8
     assert config["eos_token_id"] == [2, 0]
     assert not {"rope_parameters", "rope_scaling"} & config.keys()
 
@@ -189,7 +328,7 @@ def test_what_is_exported_is_what_paddlenlp_holds(name: str, source: Folder, tmp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", [*CASES, "llama-linear"])
 def test_there_and_back_is_equal_to_the_bit(name: str, dtype: str, tmp_path: Path) -> None:
-    one = hf.convert(tiny.save(CASES.get(name) or tiny.TINY[name], tmp_path / "source", dtype=dtype), tmp_path / "one")
+    one = hf.convert(tiny.save(tiny.TINY[name], tmp_path / "source", dtype=dtype), tmp_path / "one")
     paddle.export(tmp_path / "one", tmp_path / "paddle")
     two = convert(tmp_path / "paddle", tmp_path / "two")
     assert two.spec == one.spec
@@ -244,7 +383,8 @@ def folder(tiny_source: Folder, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"alibi": True}, "'alibi'"),
+        ({"alibi": 2}, "'alibi'"),
+        ({"attention_bias": True}, "'attention_bias'"),
         ({"fuse_attention_qkv": True}, "'fuse_attention_qkv'"),
         ({"fuse_attention_ffn": True}, "'fuse_attention_ffn'"),
         ({"rope_scaling_type": "ntk", "rope_scaling_factor": 2.0}, "'ntk'"),
@@ -259,20 +399,45 @@ def test_settings_that_llmc_does_not_know(changes: dict[str, Any], said: str, fo
 
 
 def test_what_llmc_does_not_know_of_paddlenlp(tiny_checkpoint: Folder, tmp_path: Path) -> None:
-    for name in ("gpt2", "bloom", "qwen3"):
-        with pytest.raises(UnsupportedModelError, match="llama, mixtral, qwen2, qwen2_moe"):
+    for name in ("qwen3", "gemma3", "glm4"):
+        with pytest.raises(UnsupportedModelError, match="llama, mistral, mixtral, qwen2, qwen2_moe"):
             paddle.export(tiny_checkpoint(name), tmp_path / "back")
     for name, said in (
-        ("llama-bias", "biases"),
+        ("llama-bias", "'attention_bias'"),
         ("llama-head-dim", "head size"),
         ("llama-yarn", "other than linear"),
-        ("qwen2-moe", "without experts"),
-        ("qwen2-moe-window", "without biases"),
-        ("qwen2-window", "windows"),
+        ("qwen2-moe", "'mlp_only_layers'"),
+        ("qwen2-moe-window", "'use_sliding_window'"),
+        ("qwen2-window", "'use_sliding_window'"),
+        ("mixtral-window", "'sliding_window'"),
+        ("gpt2-untied", "'tie_word_embeddings'"),
+        ("opt-untied-gelu", "'tie_word_embeddings'"),
+        ("bloom-untied", "'tie_word_embeddings'"),
+        ("chatglm3-32k", "'rope_ratio'"),
+        ("chatglm2-32k", "'_name_or_path'"),
+        ("baichuan2-13b", "'z_loss_weight'"),
+        ("baichuan2-7b", "'max_position_embeddings'"),
     ):
         with pytest.raises(UnsupportedModelError, match=said):
             paddle.export(tiny_checkpoint(name), tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_baichuan_7b_is_a_llama_there(tiny_checkpoint: Folder, tmp_path: Path) -> None:
+    paddle.export(tiny_checkpoint("baichuan-7b"), tmp_path / "paddle")
+    one, two = Checkpoint(tiny_checkpoint("baichuan-7b")), convert(tmp_path / "paddle", tmp_path / "back")
+    assert two.spec == one.spec.model_copy(update={"family": "llama"})
+    assert two.manifest.files["model.safetensors"] == one.manifest.files["model.safetensors"]
+
+
+def test_a_head_that_was_saved_twice(tiny_source: Folder, tmp_path: Path) -> None:
+    for name, head in (("gpt2", "lm_head.decoder.weight"), ("opt", "lm_head.decoder_weight")):
+        state = state_of(tiny_source(name))
+        state[head] = next(value for key, value in state.items() if "word_embeddings" in key)
+        found = convert(
+            write(tiny_source(name), tmp_path / name, form="pdparams", state=state), tmp_path / f"{name}-out"
+        )
+        assert found.spec.tied
 
 
 def test_a_quantized_checkpoint_is_not_exported(tiny_checkpoint: Folder, tmp_path: Path) -> None:

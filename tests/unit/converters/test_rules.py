@@ -9,8 +9,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc import names
-from llmc.converters import families, hf, json_file
+from llmc import json_file, names
+from llmc.converters import families, hf
 from llmc.converters.families.llama import RULES
 from llmc.converters.gguf_names import LAYOUTS, UNPERMUTE
 from llmc.converters.gguf_names import rules as gguf_rules

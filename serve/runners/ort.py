@@ -112,11 +112,11 @@ class OrtRunner:
 
     def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """See `llmc.runtime.Runner.step`."""
-        for chunk in chunks:
-            self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
-        self._table.trim()
         results: dict[int, Logits] = {}
         try:
+            for chunk in chunks:
+                self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
+            self._table.trim()
             singles = [chunk for chunk in chunks if len(chunk.tokens) == 1]
             if singles:
                 self._decode(singles, results)
@@ -126,6 +126,8 @@ class OrtRunner:
         except Exception as error:
             for chunk in chunks:
                 self._table.forget(chunk.sequence_id, chunk.start)
+            if isinstance(error, EngineError):
+                raise
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         return [results[chunk.sequence_id] for chunk in chunks]
 

@@ -129,9 +129,9 @@ class SlotTable:
         slot.resident = max(slot.resident, end)
 
     def forget(self, sequence_id: int, length: int) -> None:
-        """Note that only the first `length` tokens of a slot can be trusted."""
-        slot = self[sequence_id]
-        slot.length = min(slot.length, length)
+        """Note that only the first `length` tokens of a sequence can be trusted; ids that nobody claimed are ignored."""
+        if (slot := self._of_sequence.get(sequence_id)) is not None:
+            slot.length = min(slot.length, length)
 
     def free(self, sequence_id: int) -> None:
         slot = self._of_sequence.pop(sequence_id, None)

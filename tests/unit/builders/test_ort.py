@@ -136,3 +136,18 @@ def test_a_failed_step_is_an_engine_error_and_the_next_one_works(engine: Path) -
     (again,) = runner.step([Chunk(3, 2, tokens[2:])])
     np.testing.assert_allclose(again, after, atol=1e-5)
     runner.close()
+
+
+@pytest.mark.parametrize("bad", [Chunk(2, 5, np.array([5])), Chunk(9, 0, np.array([5]))], ids=["gap", "unclaimed"])
+def test_a_wrong_chunk_leaves_the_others_as_they_were(engine: Path, bad: Chunk) -> None:
+    """Tokens that were announced, but never computed, are nothing that a later sequence could reuse."""
+    runner = open_runner(engine, threads=1, max_sequences=3)
+    tokens = np.array([5, 6, 7, 8])
+    for each in (1, 2):
+        runner.claim(each, tokens)
+    with pytest.raises(EngineError, match=r"^sequence \d.*(do not continue|never claimed)"):
+        runner.step([Chunk(1, 0, tokens), bad])
+    assert runner.claim(3, tokens) == 0
+    (after,) = runner.step([Chunk(1, 0, tokens)])
+    assert np.isfinite(after).all()
+    runner.close()

@@ -32,12 +32,19 @@ class Limits:
         max_length: Tokens of one sequence, prompt and output together.
         cache_tokens: Tokens of all claimed sequences together.
         vocab_size: Width of a row of logits.
+        token_bytes: Memory that one token takes in the cache; 0 where that is not known.
     """
 
     max_sequences: int
     max_length: int
     cache_tokens: int
     vocab_size: int
+    token_bytes: int = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the cache takes at most."""
+        return self.cache_tokens * self.token_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from llmc.serve.stream import StopStrings, TextStream, Vocabulary
 from llmc.tokenizer import Tokenizer
 
 # Tokens computed in a step: large enough to keep matrix products busy, small enough for streams not to stall.
-STEP_TOKENS = 128
-MAX_WAITING = 128
+MAX_STEP_TOKENS = 128
+MAX_QUEUE = 128
 # A reader this far behind has stopped reading.
 MAX_BACKLOG = 4096
 UNHEALTHY_AFTER = 3
@@ -105,17 +105,17 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer,
         *,
-        step_tokens: int | None = None,
-        max_waiting: int = MAX_WAITING,
-        max_waiting_tokens: int | None = None,
+        max_step_tokens: int | None = None,
+        max_queue: int = MAX_QUEUE,
+        max_queued_tokens: int | None = None,
         stuck_after: float = 120.0,
     ) -> None:
         """Take over `runner`, which nobody else may use from now on; `start` begins serving.
 
         Args:
-            step_tokens: Tokens computed in one step, over all sequences.
-            max_waiting: Sequences in the queue before requests are refused.
-            max_waiting_tokens: Tokens of all of these before requests are refused.
+            max_step_tokens: Tokens computed in one step, over all sequences.
+            max_queue: Sequences in the queue before requests are refused.
+            max_queued_tokens: Tokens of all of these before requests are refused.
             stuck_after: Seconds after which a step that has not come back means that the engine is stuck.
         """
         self.limits: Limits = runner.limits
@@ -127,9 +127,11 @@ class Engine:
             max_sequences=self.limits.max_sequences,
             max_length=self.limits.max_length,
             cache_tokens=self.limits.cache_tokens,
-            step_tokens=step_tokens if step_tokens is not None else max(STEP_TOKENS, self.limits.max_sequences),
-            max_waiting=max_waiting,
-            max_waiting_tokens=max_waiting_tokens,
+            max_step_tokens=max_step_tokens
+            if max_step_tokens is not None
+            else max(MAX_STEP_TOKENS, self.limits.max_sequences),
+            max_queue=max_queue,
+            max_queued_tokens=max_queued_tokens,
         )
         self._runner = runner
         self._scheduler: Scheduler[Choice] = Scheduler(self.budget, self)

@@ -66,25 +66,25 @@ class Budget:
         max_sequences: Sequences that run at a time.
         max_length: Tokens of one sequence.
         cache_tokens: Tokens of all running sequences together.
-        step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once.
-        max_waiting: Sequences in the queue, when the batch is full.
-        max_waiting_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
+        max_step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once.
+        max_queue: Sequences in the queue, when the batch is full.
+        max_queued_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
             fits the model.
     """
 
     max_sequences: int
     max_length: int
     cache_tokens: int
-    step_tokens: int
-    max_waiting: int
-    max_waiting_tokens: int | None = None
+    max_step_tokens: int
+    max_queue: int
+    max_queued_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.step_tokens < self.max_sequences:
+        if self.max_step_tokens < self.max_sequences:
             raise UserError(
-                f"step_tokens ({self.step_tokens}) must be at least max_sequences ({self.max_sequences}): "
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences}): "
                 "every running sequence gets a token in every step",
-                param="step_tokens",
+                param="max_step_tokens",
             )
 
     @property
@@ -145,13 +145,13 @@ class Scheduler(Generic[S]):
             OverloadedError: The queue is full.
         """
         new = list(sequences)
-        room = self.budget.max_waiting + self.budget.max_sequences
+        room = self.budget.max_queue + self.budget.max_sequences
         if len(new) > room:
             raise UserError(f"one request may ask for {room} sequences on this server, not {len(new)}", param="n")
         # A burst on an idle server waits only for the next step, so places in the batch count as well.
         if (taken := len(self.waiting) + len(self.running)) + len(new) > room:
             raise OverloadedError(f"the queue is full ({taken} of {room} sequences): try again later")
-        most, queued = self.budget.max_waiting_tokens, self.waiting_tokens
+        most, queued = self.budget.max_queued_tokens, self.waiting_tokens
         if most is not None and queued and queued + sum(len(each.tokens) for each in new) > most:
             raise OverloadedError(f"the queue is full ({queued} of {most} tokens): try again later")
         for sequence in new:
@@ -183,7 +183,7 @@ class Scheduler(Generic[S]):
                 work.append(_next_work(sequence, 1))
             else:
                 prompts.append(sequence)
-        left = self.budget.step_tokens - len(work)
+        left = self.budget.max_step_tokens - len(work)
         for sequence in prompts:
             if left:
                 work.append(_next_work(sequence, left))

@@ -63,6 +63,7 @@ class _Metrics(Collector):
         yield self._gauge("num_requests_running", "Sequences in the running batch.", engine.num_running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue.", engine.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", engine.cache_usage)
+        yield self._gauge("kv_cache_max_bytes", "Memory of the KV cache at most.", engine.limits.cache_bytes)
         yield self._gauge("healthy", "1 unless a restart would help.", float(engine.health.ok))
         yield self._counter("num_preemptions", "Sequences that gave up their place.", engine.preemptions)
         yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)

@@ -60,13 +60,17 @@ class Cache:
             array[a, :, :count_b] = array[b, :, :count_b]
             array[b, :, :count_a] = kept
 
-    def drop(self, slot: int) -> None:
-        # Whole pages only; what is left of a page at either end stays resident.
-        begin = -(-slot * self._slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (slot + 1) * self._slot_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin:
-            for memory in self._maps.values():
-                memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    def drop(self, slot: int, keep: int) -> None:
+        heads, token_bytes = self.shape[1], self.dtype.itemsize * self.shape[3]
+        first = slot * self._slot_bytes
+        size = self._slot_bytes // heads if keep else self._slot_bytes
+        for begin in range(first, first + self._slot_bytes, size):
+            # Whole pages only; what is left of a page at either end stays resident.
+            low = -(-(begin + keep * token_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+            high = (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if high > low:
+                for memory in self._maps.values():
+                    memory.madvise(mmap.MADV_DONTNEED, low, high - low)
 
 
 def _reserve(size: int) -> mmap.mmap:
@@ -221,14 +225,14 @@ def open_runner(
         max_length=engine.max_length,
         cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
         vocab_size=engine.spec.vocab_size,
+        token_bytes=engine.cache_token_bytes,
     )
     return OrtRunner(session, engine, limits)
 
 
 def _affordable_tokens(engine: Engine) -> int:
     """Tokens whose keys and values fit in a share of the memory that is free now, at least those of one sequence."""
-    per_token = 2 * engine.spec.num_layers * engine.spec.kv_size * (1 if engine.kv_cache == "int8" else 4)
-    return max(engine.max_length, int(CACHE_SHARE * _available_memory()) // per_token)
+    return max(engine.max_length, int(CACHE_SHARE * _available_memory()) // engine.cache_token_bytes)
 
 
 def _available_memory() -> int:

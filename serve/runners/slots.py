@@ -31,8 +31,8 @@ class Storage(Protocol):
         """Let two slots change places, of which the first `count_a` and `count_b` tokens matter."""
         ...
 
-    def drop(self, slot: int) -> None:
-        """Give a slot's memory back to the system."""
+    def drop(self, slot: int, keep: int) -> None:
+        """Give a slot's memory back to the system, but for its first `keep` tokens."""
         ...
 
 
@@ -70,8 +70,8 @@ class SlotTable:
     """The slots of one cache.
 
     Attributes:
-        capacity: Tokens that may be resident in all slots together; claimed slots are never dropped for it, because
-            the scheduler keeps those within the limit.
+        capacity: Tokens that may be resident in all slots together; those of claimed slots are never dropped for it,
+            because the scheduler keeps them within the limit.
     """
 
     storage: Storage
@@ -129,7 +129,7 @@ class SlotTable:
         slot.resident = max(slot.resident, end)
 
     def forget(self, sequence_id: int, length: int) -> None:
-        """Note that only the first `length` tokens of a sequence can be trusted; ids that nobody claimed are ignored."""
+        """Note that only the first `length` tokens of a sequence can be trusted; unclaimed ids are ignored."""
         if (slot := self._of_sequence.get(sequence_id)) is not None:
             slot.length = min(slot.length, length)
 
@@ -158,17 +158,20 @@ class SlotTable:
         return [slot.sequence_id for slot in self.slots[:count] if slot.sequence_id is not None]
 
     def trim(self) -> None:
-        """Drop what is only remembered, the oldest first, until the resident tokens fit the capacity."""
+        """Drop memory until the resident tokens fit the capacity.
+
+        First what lies behind the tokens of claimed slots, left there by longer sequences before them; then what is
+        only remembered, the oldest first.
+        """
         total = sum(slot.resident for slot in self.slots)
-        if total <= self.capacity:
-            return
-        for slot in sorted(self.slots, key=lambda each: each.used):
-            if slot.sequence_id is None and slot.resident:
-                self.storage.drop(slot.index)
-                total -= slot.resident
-                slot.length = slot.resident = 0
-                if total <= self.capacity:
-                    return
+        for slot in sorted(self.slots, key=lambda each: (each.sequence_id is None, each.used)):
+            if total <= self.capacity:
+                return
+            keep = 0 if slot.sequence_id is None else slot.length
+            if slot.resident > keep:
+                self.storage.drop(slot.index, keep)
+                total -= slot.resident - keep
+                slot.length, slot.resident = min(slot.length, keep), keep
 
     def _touch(self, slot: Slot) -> None:
         self._clock += 1

@@ -51,7 +51,7 @@ def runner() -> fake.FakeRunner:
 
 @pytest.fixture
 def service(make_engine: Callable[..., Engine], runner: fake.FakeRunner) -> Service:
-    return Service(make_engine(runner, max_waiting=8), "toy", 1234, max_body=100_000, strict=True)
+    return Service(make_engine(runner, max_queue=8), "toy", 1234, max_body=100_000, strict=True)
 
 
 @pytest.fixture

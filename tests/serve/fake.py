@@ -21,6 +21,7 @@ from llmc.runtime import Chunk, Limits, Logits, Tokens
 from llmc.tokenizer import Tokenizer
 
 VOCAB = tiny.VOCAB_SIZE
+TOKEN_BYTES = 8
 
 
 def tokenizer(folder: Path) -> Tokenizer:
@@ -79,7 +80,8 @@ class FakeRunner:
         eos: int | None = None,
         remember: int = 4,
     ) -> None:
-        self._limits = Limits(max_sequences, max_length, cache_tokens or max_sequences * max_length, vocab_size)
+        held = cache_tokens or max_sequences * max_length
+        self._limits = Limits(max_sequences, max_length, held, vocab_size, TOKEN_BYTES)
         self.delay = delay
         self.eos = eos
         self.fail_steps: set[int] = set()

@@ -97,6 +97,7 @@ def test_metrics_count_what_happened(client: FlaskClient) -> None:
     assert found["llmc:inter_token_latency_seconds_count", None] == 3
     assert found["llmc:num_requests_running", None] == found["llmc:num_requests_waiting", None] == 0
     assert found["llmc:kv_cache_usage_perc", None] == 0
+    assert found["llmc:kv_cache_max_bytes", None] == 4 * 256 * fake.TOKEN_BYTES
     answers = [(labels, value) for name, labels, value in samples(text) if name == "llmc:http_responses_total"]
     assert ({"model_name": "toy", "route": TEXT, "status": "400"}, 2.0) in answers
     names = {name for name, _, _ in samples(text)}

@@ -7,6 +7,7 @@ that the server needs no torch.
     claim(7, prompt) -> 32           sequence 7 begins; its first 32 tokens are in the cache already
     step([Chunk(7, 32, ...)])        compute the rest, perhaps in several chunks
     step([Chunk(7, n, [token])])     decode: the same thing with one token
+    truncate(7, n)                   its last token is taken back
     free(7)                          what it computed may serve a later claim
 """
 
@@ -98,6 +99,10 @@ class Runner(Protocol):
         Raises:
             EngineError: The step failed; the caches of these sequences are as undefined as their results.
         """
+        ...
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        """Take back what was computed of a sequence behind its first `length` tokens; unknown ids are ignored."""
         ...
 
     def free(self, sequence_id: int) -> None:

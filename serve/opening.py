@@ -10,6 +10,7 @@ from llmc.errors import UserError
 from llmc.serve.engine import MAX_QUEUE, Engine
 from llmc.serve.runners import GIB, open_runner
 from llmc.serve.service import Service
+from llmc.serve.speculate import open_speculation
 from llmc.tokenizer import Tokenizer
 
 
@@ -27,6 +28,8 @@ class Settings(Strict):
     max_queued_tokens: int | None = None
     max_body: int = 4
     allow_origin: tuple[str, ...] = ()
+    deterministic: bool = False
+    speculate: str | None = None
     strict: bool = False
 
 
@@ -59,13 +62,19 @@ def open_service(folder: Path, settings: Settings) -> Service:
         threads=settings.threads,
         max_sequences=settings.max_sequences,
         cache_gib=settings.kv_cache_gib,
+        deterministic=settings.deterministic,
     )
+    speculation = None
+    if (how := settings.speculate) is not None:
+        speculation = open_speculation(how, tokenizer, runner.limits.vocab_size, threads=settings.threads)
     engine = Engine(
         runner,
         tokenizer,
         max_step_tokens=settings.max_step_tokens,
         max_queue=settings.max_queue,
         max_queued_tokens=settings.max_queued_tokens,
+        deterministic=settings.deterministic,
+        speculation=speculation,
     )
     return Service(
         engine,

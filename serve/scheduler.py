@@ -70,6 +70,9 @@ class Budget:
         max_queue: Sequences in the queue, when the batch is full.
         max_queued_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
             fits the model.
+        deterministic: How a sequence is computed does not depend on the others: its prompt several tokens at a time,
+            never one, and what follows one by one, also when it is computed again. A runtime may round differently
+            for one token than for several (llmc/serve/invariance.py).
     """
 
     max_sequences: int
@@ -78,6 +81,7 @@ class Budget:
     max_step_tokens: int
     max_queue: int
     max_queued_tokens: int | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_sequences:
@@ -86,6 +90,17 @@ class Budget:
                 "every running sequence gets a token in every step",
                 param="max_step_tokens",
             )
+        if self.max_step_tokens < self.max_sequences - 1 + self.least:
+            raise UserError(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least {self.max_sequences - 1 + self.least}, so "
+                f"that a prompt's chunk fits beside {self.max_sequences - 1} other sequences",
+                param="max_step_tokens",
+            )
+
+    @property
+    def least(self) -> int:
+        """Tokens of a step that let a prompt go on: of three, neither one may be computed alone nor one be left."""
+        return 3 if self.deterministic else 1
 
     @property
     def longest(self) -> int:
@@ -118,6 +133,11 @@ class Scheduler(Generic[S]):
     def waiting_tokens(self) -> int:
         """Tokens of all sequences in the queue."""
         return sum(len(sequence.tokens) for sequence in self.waiting)
+
+    def room(self, work: Iterable[Work[S]]) -> int:
+        """Tokens that could be computed in the step beside `work`, and be kept in the cache for that time."""
+        planned = sum(item.length for item in work)
+        return min(self.budget.max_step_tokens - planned, self.budget.cache_tokens - self.held_tokens)
 
     def limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The length at which a sequence ends.
@@ -179,19 +199,34 @@ class Scheduler(Generic[S]):
         work: list[Work[S]] = []
         prompts: list[S] = []
         for sequence in self.running:
-            if len(sequence.tokens) - sequence.computed == 1:
-                work.append(_next_work(sequence, 1))
+            if self._one_by_one(sequence):
+                work.append(self._next_work(sequence, 1))
             else:
                 prompts.append(sequence)
         left = self.budget.max_step_tokens - len(work)
         for sequence in prompts:
-            if left:
-                work.append(_next_work(sequence, left))
+            if left >= self.budget.least:
+                work.append(self._next_work(sequence, left))
                 left -= work[-1].length
-        while left and self.waiting and self._fits(self.waiting[0]):
-            work.append(_next_work(self._admit(), left))
+        while left >= self.budget.least and self.waiting and self._fits(self.waiting[0]):
+            work.append(self._next_work(self._admit(), left))
             left -= work[-1].length
         return work
+
+    def _one_by_one(self, sequence: S) -> bool:
+        """It is decoding; a deterministic one does so again after it gave up its place."""
+        missing = len(sequence.tokens) - sequence.computed
+        return missing == 1 or (self.budget.deterministic and not sequence.prefilling)
+
+    def _next_work(self, sequence: S, most: int) -> Work[S]:
+        missing = len(sequence.tokens) - sequence.computed
+        count = min(missing, most)
+        if self.budget.deterministic and sequence.prefilling:
+            prompt = sequence.num_prompt - sequence.computed
+            count = min(prompt, most - (prompt - most == 1))
+        if sequence.request.prompt_logprobs and sequence.prefilling:
+            return Work(sequence, sequence.computed, count, count)
+        return Work(sequence, sequence.computed, count, int(count == missing))
 
     def _fits(self, sequence: S) -> bool:
         """Whether the first in the queue may run now."""
@@ -226,11 +261,3 @@ class Scheduler(Generic[S]):
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
-
-
-def _next_work(sequence: S, most: int) -> Work[S]:
-    missing = len(sequence.tokens) - sequence.computed
-    count = min(missing, most)
-    if sequence.request.prompt_logprobs and sequence.prefilling:
-        return Work(sequence, sequence.computed, count, count)
-    return Work(sequence, sequence.computed, count, int(count == missing))

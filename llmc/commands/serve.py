@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @click.option("--max-queued-tokens", type=click.IntRange(1), help="Tokens in the queue.")
 @click.option("--max-body", default=4, show_default=True, type=click.IntRange(1), help="MiB of a request's body.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Let scripts of these web pages in (CORS).")
+@click.option("--speculate", metavar="ngram[:K]|draft=ENGINE", help="Draft tokens that are checked in one step.")
+@click.option("--deterministic", is_flag=True, help="The same tokens whatever else runs; checked at the start.")
 @click.option("--strict", is_flag=True, help="Refuse unknown fields; else ignored, with a Warning header.")
 @click.option("--drain-timeout", default=60, show_default=True, type=click.IntRange(0), help="Seconds after SIGTERM.")
 def command(engine: Path, host: str, port: int, drain_timeout: int, **options: Any) -> None:

@@ -72,6 +72,11 @@ class _Metrics(Collector):
         yield self._counter("prefix_cache_hits", "Tokens found in the cache.", stats.prefix_hits)
         yield self._counter("engine_steps", "Calls of the runner.", stats.steps)
         yield self._counter("engine_failed_steps", "Calls of the runner that failed.", stats.failed_steps)
+        yield self._counter("spec_decode_num_drafts", "Steps of sequences with drafts.", stats.drafts)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
+        yield self._counter("spec_decode_num_accepted_tokens", "Of these, accepted.", stats.accepted_tokens)
+        places = "spec_decode_num_accepted_tokens_per_pos"
+        yield self._labelled(places, "The same by place in the draft.", ["position"], stats.accepted_at)
         yield self._labelled("request_success", "Sequences by how they ended.", ["finished_reason"], stats.finished)
         yield self._labelled("admission_rejections", "Requests not taken in, by why.", ["reason"], stats.refused)
         yield self._labelled("http_responses", "Answers.", ["route", "status"], self._service.answers)

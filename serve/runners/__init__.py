@@ -9,7 +9,7 @@ from llmc.engine import open_engine
 from llmc.errors import UserError
 from llmc.runtime import Runner
 
-# backend -> module with `open_runner(folder, engine, threads=, max_sequences=, cache_tokens=)`.
+# backend -> module with `open_runner(folder, engine, threads=, max_sequences=, cache_tokens=, deterministic=)`.
 GIB = 1 << 30
 RUNNERS = {"ort": "llmc.serve.runners.ort"}
 
@@ -21,6 +21,7 @@ def open_runner(
     max_sequences: int | None = None,
     cache_tokens: int | None = None,
     cache_gib: float | None = None,
+    deterministic: bool = False,
 ) -> Runner:
     """Open an engine.
 
@@ -30,6 +31,7 @@ def open_runner(
         cache_tokens: Tokens of the KV cache, for all sequences together; by default what fits in half of the memory
             that is free now.
         cache_gib: The same as memory, in GiB, instead of `cache_tokens`.
+        deterministic: Reuse from the cache only what was computed in the same way; see llmc/serve/invariance.py.
 
     Raises:
         UserError: `cache_gib` is too little for one sequence of the greatest length.
@@ -49,6 +51,11 @@ def open_runner(
             )
     module = importlib.import_module(RUNNERS[engine.backend])
     runner: Runner = module.open_runner(
-        folder, engine, threads=threads, max_sequences=max_sequences, cache_tokens=cache_tokens
+        folder,
+        engine,
+        threads=threads,
+        max_sequences=max_sequences,
+        cache_tokens=cache_tokens,
+        deterministic=deterministic,
     )
     return runner

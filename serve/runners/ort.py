@@ -95,12 +95,14 @@ class _DecodeBatch:
 class OrtRunner:
     """An engine of the backend "ort", opened. Implements `llmc.runtime.Runner`."""
 
-    def __init__(self, session: Any, engine: Engine, limits: Limits) -> None:
+    def __init__(self, session: Any, engine: Engine, limits: Limits, *, deterministic: bool = False) -> None:
         self._ort = need("onnxruntime")
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
-        self._table = SlotTable(self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens)
+        self._table = SlotTable(
+            self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, steady_only=deterministic
+        )
         self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
         self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)
 
@@ -110,6 +112,9 @@ class OrtRunner:
 
     def claim(self, sequence_id: int, tokens: npt.NDArray[np.int64], salt: str = "") -> int:
         return self._table.claim(sequence_id, tokens, salt)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        self._table.forget(sequence_id, length)
 
     def free(self, sequence_id: int) -> None:
         self._table.free(sequence_id)
@@ -207,7 +212,13 @@ class OrtRunner:
 
 
 def open_runner(
-    folder: Path, engine: Engine, *, threads: int | None, max_sequences: int | None, cache_tokens: int | None
+    folder: Path,
+    engine: Engine,
+    *,
+    threads: int | None,
+    max_sequences: int | None,
+    cache_tokens: int | None,
+    deterministic: bool = False,
 ) -> OrtRunner:
     """Open the engine in `folder`; see `llmc.serve.runners.open_runner`."""
     ort = need("onnxruntime")
@@ -227,7 +238,7 @@ def open_runner(
         vocab_size=engine.spec.vocab_size,
         token_bytes=engine.cache_token_bytes,
     )
-    return OrtRunner(session, engine, limits)
+    return OrtRunner(session, engine, limits, deterministic=deterministic)
 
 
 def _affordable_tokens(engine: Engine) -> int:

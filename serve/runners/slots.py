@@ -46,6 +46,7 @@ class Slot:
         sequence_id: Who uses it, None when it only remembers.
         used: When it was last claimed or freed, in calls.
         salt: Of the sequence that it was last claimed for.
+        steady: How many of its first tokens were computed several at a time, not one by one.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Slot:
     sequence_id: int | None = None
     used: int = 0
     salt: str = ""
+    steady: int = 0
 
     def shared(self, tokens: Tokens, salt: str) -> int:
         """How many of the first tokens are the same; none for another salt."""
@@ -72,12 +74,14 @@ class SlotTable:
     Attributes:
         capacity: Tokens that may be resident in all slots together; those of claimed slots are never dropped for it,
             because the scheduler keeps them within the limit.
+        steady_only: Reuse nothing that was computed one by one, since that may be rounded differently.
     """
 
     storage: Storage
     count: int
     max_length: int
     capacity: int
+    steady_only: bool = False
     slots: list[Slot] = field(init=False)
     _of_sequence: dict[int, Slot] = field(init=False, default_factory=dict)
     _clock: int = field(init=False, default=0)
@@ -98,8 +102,8 @@ class SlotTable:
         free = [slot for slot in self.slots if slot.sequence_id is None]
         if not free:
             raise EngineError(f"all {self.count} slots of the KV cache are in use")
-        best = max(self.slots, key=lambda slot: slot.shared(tokens, salt))
-        reused = min(best.shared(tokens, salt), len(tokens) - 1)
+        best = max(self.slots, key=lambda slot: self._reusable(slot, tokens, salt))
+        reused = min(self._reusable(best, tokens, salt), len(tokens) - 1)
         if best.sequence_id is None and 2 * reused >= best.length > 0:
             slot = best
         else:
@@ -108,6 +112,7 @@ class SlotTable:
             if reused and slot is not best:
                 self.storage.copy(best.index, slot.index, reused)
                 slot.tokens[:reused] = tokens[:reused]
+        slot.steady = min(best.steady, reused)
         slot.length = reused
         slot.resident = max(slot.resident, reused)
         slot.sequence_id = sequence_id
@@ -115,6 +120,10 @@ class SlotTable:
         self._of_sequence[sequence_id] = slot
         self._touch(slot)
         return reused
+
+    def _reusable(self, slot: Slot, tokens: Tokens, salt: str) -> int:
+        shared = slot.shared(tokens, salt)
+        return min(shared, slot.steady) if self.steady_only else shared
 
     def extend(self, sequence_id: int, start: int, tokens: Tokens) -> None:
         """Note that the tokens from `start` on are about to be computed."""
@@ -125,6 +134,7 @@ class SlotTable:
                 f"within {self.max_length}"
             )
         slot.tokens[start:end] = tokens
+        slot.steady = end if len(tokens) > 1 and start <= slot.steady else min(slot.steady, start)
         slot.length = end
         slot.resident = max(slot.resident, end)
 
@@ -132,6 +142,7 @@ class SlotTable:
         """Note that only the first `length` tokens of a sequence can be trusted; unclaimed ids are ignored."""
         if (slot := self._of_sequence.get(sequence_id)) is not None:
             slot.length = min(slot.length, length)
+            slot.steady = min(slot.steady, length)
 
     def free(self, sequence_id: int) -> None:
         slot = self._of_sequence.pop(sequence_id, None)
@@ -171,7 +182,7 @@ class SlotTable:
             if slot.resident > keep:
                 self.storage.drop(slot.index, keep)
                 total -= slot.resident - keep
-                slot.length, slot.resident = min(slot.length, keep), keep
+                slot.length, slot.resident, slot.steady = min(slot.length, keep), keep, min(slot.steady, keep)
 
     def _touch(self, slot: Slot) -> None:
         self._clock += 1

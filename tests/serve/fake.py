@@ -153,6 +153,11 @@ class FakeRunner:
             rows = [np.full_like(each, np.nan) for each in rows]
         return np.array(rows, np.float32).reshape(chunk.logits, self._limits.vocab_size)
 
+    def truncate(self, sequence_id: int, length: int) -> None:
+        with _alone(self._inside):
+            assert not self.closed
+            del self.caches[sequence_id][length:]
+
     def free(self, sequence_id: int) -> None:
         with _alone(self._inside):
             assert not self.closed

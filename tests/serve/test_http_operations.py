@@ -102,5 +102,6 @@ def test_metrics_count_what_happened(client: FlaskClient) -> None:
     assert ({"model_name": "toy", "route": TEXT, "status": "400"}, 2.0) in answers
     names = {name for name, _, _ in samples(text)}
     wanted = "prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total e2e_request_latency_seconds_sum"
+    wanted += " spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total"
     assert {f"llmc:{name}" for name in wanted.split()} <= names
     assert all(labels.get("model_name") == "toy" for name, labels, _ in samples(text) if name.startswith("llmc:"))

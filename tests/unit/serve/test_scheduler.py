@@ -38,13 +38,18 @@ class Cache:
     def __init__(self) -> None:
         self.held: dict[int, list[int]] = {}
         self.reuse = 0
+        self.deterministic = False
         self.refuse = False
 
     def claim(self, sequence: Sequence) -> int:
         if self.refuse:
             raise OverloadedError("refused")
         assert sequence.id not in self.held
-        found = min(self.reuse, len(sequence.tokens) - 1)
+        most = len(sequence.tokens) - 1
+        if self.deterministic:
+            # As the engine's claim has it: at least two tokens of a prompt are left.
+            most = max(0, sequence.num_prompt - 2)
+        found = min(self.reuse, most)
         self.held[sequence.id] = sequence.tokens[:found]
         return found
 
@@ -78,6 +83,7 @@ class Machine(RuleBasedStateMachine):
         extra=st.integers(0, 12),
         max_queue=st.integers(1, 8),
         max_queued_tokens=st.none() | st.integers(1, 40),
+        deterministic=st.booleans(),
     )
     def build(
         self,
@@ -87,10 +93,12 @@ class Machine(RuleBasedStateMachine):
         extra: int,
         max_queue: int,
         max_queued_tokens: int | None,
+        deterministic: bool,
     ) -> None:
-        step = max_sequences + extra
-        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_queue, max_queued_tokens)
+        step = max_sequences + extra + 2 * deterministic
+        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_queue, max_queued_tokens, deterministic)
         self.cache = Cache()
+        self.cache.deterministic = deterministic
         self.scheduler: Scheduler[Sequence] = Scheduler(self.budget, self.cache)
         self.everyone: list[Sequence] = []
         self.began: list[int] = []
@@ -158,6 +166,11 @@ class Machine(RuleBasedStateMachine):
         assert len({each.id for each in planned}) == len(planned)
         assert sum(item.length for item in work) <= self.budget.max_step_tokens
         assert all(item.length >= 1 for item in work)
+        if self.budget.deterministic:
+            for item in work:
+                rest = item.sequence.num_prompt - item.start
+                alone = rest <= 0 or item.sequence.num_prompt == 1
+                assert item.length == 1 if alone else 2 <= item.length <= rest != item.length + 1
         assert bool(work) == any(each.state is not State.FINISHED for each in self.everyone)
         for each in decoding:
             assert each in planned or each.state is State.WAITING, "a decoding sequence got no token"

@@ -15,7 +15,7 @@
 12  a malicious folder              test_hf.py: a_malicious_pickle; here: external_data
 13  names that lead out             here: names
 14  endless forms, stop strings     test_forms.py: hostile_forms; here: stop_strings
-15  slow texts and templates        test_prompt.py: a_bad_template; here: bombs, long_texts_let_others_work
+15  slow texts and templates        test_prompt.py: a_bad_template, a_template_without_end; here: bombs, long_texts
 """
 
 from __future__ import annotations

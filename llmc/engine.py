@@ -39,6 +39,11 @@ class Engine(Strict):
     kv_cache: Literal["float32", "int8"]
     weights: dict[str, int]
 
+    @property
+    def cache_token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, in all layers."""
+        return 2 * self.spec.num_layers * self.spec.kv_size * (1 if self.kv_cache == "int8" else 4)
+
     def save(self, folder: Path) -> None:
         (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

@@ -84,6 +84,10 @@ class KVCache:
         """Tokens held."""
         return self._layers[0][0].shape[2] if self._layers else 0
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self._layers = {layer: (k[:, :, :length], v[:, :, :length]) for layer, (k, v) in self._layers.items()}
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [batch, kv_heads, new, head_dim] to a layer.
 

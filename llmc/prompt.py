@@ -1,25 +1,16 @@
 """The one prompt builder, that trainer, scorer and server share: from messages to text, and from text to tokens.
 
-A chat template is a Jinja program that came with the model, from whoever made it: it is rendered in Jinja's sandbox,
-with the same settings, functions and extensions as transformers gives it, so that its text is the same.
+The text is that of the model's own chat template (llmc/template.py).
 
-Knows: templates and special tokens. Does not know: HTTP bodies, models.
+Knows: special tokens. Does not know: HTTP bodies, models.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from llmc import template
 from llmc.errors import UserError
 from llmc.tokenizer import Tokenizer
 
@@ -83,8 +74,8 @@ def chat_text(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        return _compiled(tokenizer.chat_template).render(given)
-    except _Refusal as error:
+        return template.render(tokenizer.chat_template, given)
+    except template.Refusal as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}", param="messages") from None
     except Exception as error:
         # A template is a program of somebody else's: it can fail in any way that Python code can.
@@ -106,48 +97,3 @@ def _plain(message: Message) -> dict[str, Any]:
             raise UserError(f"a message's content may have parts of type 'text', not {kind!r}", param="messages")
         texts.append(part["text"])
     return {**message, "content": "".join(texts)}
-
-
-class _Refusal(jinja2.TemplateError):
-    """What a template raises by itself, with its own words for the user."""
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's words for training masks: only its body counts."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """See Extension."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
-
-
-def _raise(message: str) -> None:
-    raise _Refusal(message)
-
-
-def _strftime_now(format: str) -> str:  # noqa: A002
-    return datetime.now().strftime(format)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes for HTML, which a model was not trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

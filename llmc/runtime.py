@@ -7,6 +7,7 @@ that the server needs no torch.
     claim(7, prompt) -> 32           sequence 7 begins; its first 32 tokens are in the cache already
     step([Chunk(7, 32, ...)])        compute the rest, perhaps in several chunks
     step([Chunk(7, n, [token])])     decode: the same thing with one token
+    truncate(7, n)                   its last token is taken back
     free(7)                          what it computed may serve a later claim
 """
 
@@ -34,6 +35,7 @@ class Limits:
         vocab_size: Width of a row of logits.
         prefix_end: All tokens of a sequence before its first `prefix_end` see each other. So its first chunk holds
             them and that token, or none is there at all; None where chunks may be cut anywhere.
+        token_bytes: Memory that one token takes in the cache; 0 where that is not known.
     """
 
     max_sequences: int
@@ -41,6 +43,12 @@ class Limits:
     cache_tokens: int
     vocab_size: int
     prefix_end: int | None = None
+    token_bytes: int = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the cache takes at most."""
+        return self.cache_tokens * self.token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,10 @@ class Runner(Protocol):
         Raises:
             EngineError: The step failed; the caches of these sequences are as undefined as their results.
         """
+        ...
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        """Take back what was computed of a sequence behind its first `length` tokens; unknown ids are ignored."""
         ...
 
     def free(self, sequence_id: int) -> None:

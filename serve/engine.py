@@ -17,78 +17,33 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.errors import DrainingError, EngineError, LlmcError, OverloadedError, UserError
+from llmc.errors import DrainingError, EngineError, LlmcError, UserError
 from llmc.log import logger
 from llmc.runtime import Chunk, Limits, Logits, Runner
+from llmc.serve import invariance
+from llmc.serve.choice import Choice, prompt_logprobs
+from llmc.serve.failures import Health, engine_error, refusal
 from llmc.serve.grammar import Grammars
 from llmc.serve.handle import Event, Handle
 from llmc.serve.request import Request
-from llmc.serve.sampler import Sampler, TokenLogprobs, logprobs
+from llmc.serve.sampler import logprobs
 from llmc.serve.scheduler import Budget, Scheduler, Work
-from llmc.serve.sequence import Sequence
+from llmc.serve.speculate import Speculation
 from llmc.serve.stats import Stats
 from llmc.serve.stream import StopStrings, TextStream, Vocabulary
 from llmc.tokenizer import Tokenizer
 
 # Tokens computed in a step: large enough to keep matrix products busy, small enough for streams not to stall.
-STEP_TOKENS = 128
-MAX_WAITING = 128
+MAX_STEP_TOKENS = 128
+MAX_QUEUE = 128
 # A reader this far behind has stopped reading.
 MAX_BACKLOG = 4096
 UNHEALTHY_AFTER = 3
 GIVE_UP_SECONDS = 5.0
 IDLE_SECONDS = 60.0
-
-
-class Choice(Sequence):
-    """A sequence with what it takes to turn its logits into events."""
-
-    __slots__ = ("arrived", "begun", "ends", "handle", "last_token", "position", "reported", "sampler", "text")
-
-    def __init__(
-        self,
-        sequence_id: int,
-        request: Request,
-        limit: int,
-        index: int,
-        *,
-        handle: Handle,
-        position: int,
-        text: TextStream,
-        ends: frozenset[int],
-    ) -> None:
-        """Begin choice `index` of a request, which is choice `position` of all that were submitted with it."""
-        super().__init__(sequence_id, request, limit, index=index)
-        self.handle = handle
-        self.position = position
-        self.ends = ends
-        matcher = None if request.grammar is None else request.grammar.begin()
-        self.sampler = Sampler(request.sampling, request.prompt, ends, index=index, matcher=matcher)
-        self.text = text
-        self.arrived = time.monotonic()
-        self.last_token: float | None = None
-        self.begun = False
-        # Prompt tokens whose log-probabilities were reported; a preempted sequence computes them again.
-        self.reported = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """How the engine is.
-
-    Attributes:
-        ok: It can be expected to finish what it is given.
-        reason: Why not.
-        draining: It takes nothing new.
-    """
-
-    ok: bool
-    reason: str
-    draining: bool
 
 
 class Engine:
@@ -105,17 +60,25 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer,
         *,
-        step_tokens: int | None = None,
-        max_waiting: int = MAX_WAITING,
-        max_waiting_tokens: int | None = None,
+        max_step_tokens: int | None = None,
+        max_queue: int = MAX_QUEUE,
+        max_queued_tokens: int | None = None,
+        deterministic: bool = False,
+        speculation: Speculation | None = None,
         stuck_after: float = 120.0,
     ) -> None:
         """Take over `runner`, which nobody else may use from now on; `start` begins serving.
 
         Args:
-            step_tokens: Tokens computed in one step, over all sequences.
-            max_waiting: Sequences in the queue before requests are refused.
-            max_waiting_tokens: Tokens of all of these before requests are refused.
+            max_step_tokens: Tokens computed in one step, over all sequences.
+            max_queue: Sequences in the queue before requests are refused.
+            max_queued_tokens: Tokens of all of these before requests are refused.
+            deterministic: The same tokens whatever else runs; see llmc/serve/invariance.py.
+            speculation: Drafts tokens; taken over like the runner.
+
+        Raises:
+            UserError: Options that cannot be kept together.
+            EngineError: This runner cannot be deterministic.
             stuck_after: Seconds after which a step that has not come back means that the engine is stuck.
         """
         self.limits: Limits = runner.limits
@@ -127,11 +90,22 @@ class Engine:
             max_sequences=self.limits.max_sequences,
             max_length=self.limits.max_length,
             cache_tokens=self.limits.cache_tokens,
-            step_tokens=step_tokens if step_tokens is not None else max(STEP_TOKENS, self.limits.max_sequences),
-            max_waiting=max_waiting,
-            max_waiting_tokens=max_waiting_tokens,
+            max_step_tokens=max_step_tokens
+            if max_step_tokens is not None
+            else max(MAX_STEP_TOKENS, self.limits.max_sequences + 2),
+            max_queue=max_queue,
+            max_queued_tokens=max_queued_tokens,
+            deterministic=deterministic,
         )
+        if deterministic and speculation is not None:
+            raise UserError(
+                "drafts are computed several tokens at a time, or not, as the load allows: --speculate and "
+                "--deterministic exclude each other"
+            )
+        if deterministic:
+            invariance.check(runner)
         self._runner = runner
+        self._speculation = speculation
         self._scheduler: Scheduler[Choice] = Scheduler(self.budget, self)
         self._stuck_after = stuck_after
         self._lock = threading.RLock()
@@ -155,7 +129,13 @@ class Engine:
         if choice.request.prompt_logprobs:
             # What is reused has no logits: a claim of one token reuses none.
             wanted = wanted[:1]
+        if self.budget.deterministic:
+            wanted = wanted[: choice.num_prompt]
         found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_salt)
+        if self.budget.deterministic and found == choice.num_prompt - 1 > 0:
+            # One token would be left of the prompt.
+            found -= 1
+            self._runner.truncate(choice.id, found)
         if not choice.begun:
             choice.begun = True
             choice.handle.cached_tokens += found
@@ -169,6 +149,8 @@ class Engine:
     def free(self, choice: Choice) -> None:
         """See scheduler.Cache."""
         self._runner.free(choice.id)
+        if self._speculation is not None:
+            self._speculation.forget(choice.id)
 
     # For any thread.
 
@@ -194,7 +176,7 @@ class Engine:
                 choices = self._choices(requests, limits, handle)
                 self._scheduler.add(choices)
             except LlmcError as error:
-                self.stats.refused[_refusal(error)] += 1
+                self.stats.refused[refusal(error)] += 1
                 raise
             self._active[handle] = choices
             self._wake.notify_all()
@@ -242,6 +224,8 @@ class Engine:
             with self._lock:
                 self._fail(list(self._active), DrainingError("the server is shutting down"))
             self._runner.close()
+            if self._speculation is not None:
+                self._speculation.drafter.close()
 
     @property
     def health(self) -> Health:
@@ -349,8 +333,9 @@ class Engine:
                 if not self._stopping and not self._given_up:
                     self._wake.wait(IDLE_SECONDS)
                 return
-        chunks = [_chunk(item) for item in work]
         self._step_began = started = time.monotonic()
+        self._draft(work)
+        chunks = [_chunk(item) for item in work]
         try:
             rows = self._runner.step(chunks)
         except Exception as error:
@@ -367,6 +352,19 @@ class Engine:
         self.stats.steps += 1
         self.stats.step_time.observe(ended - started)
         self.stats.overhead_time.observe(time.monotonic() - ended + started - began)
+
+    def _draft(self, work: list[Work[Choice]]) -> None:
+        """Let sequences that decode try some tokens more, where they are few enough."""
+        speculation = self._speculation
+        if speculation is None or len(work) > speculation.together:
+            return
+        room = self._scheduler.room(work)
+        for item in work:
+            choice = item.sequence
+            if item.length == item.logits == 1:
+                most = min(room, choice.limit - len(choice.tokens) - 1)
+                choice.draft = speculation.draft(choice.id, choice.tokens, most, choice.request.cache_salt)
+                room -= len(choice.draft)
 
     def _reap(self) -> None:
         """End what was given up since the last step."""
@@ -389,31 +387,55 @@ class Engine:
             return []
 
     def _publish(self, item: Work[Choice], logits: Logits, now: float) -> None:
+        """The next token, and those after it as long as they are what was drafted."""
+        choice, draft = item.sequence, item.sequence.draft
+        choice.draft, accepted = (), 0
+        own = len(logits) - len(draft)
+        goes_on = self._emit(item, logits[:own], now)
+        while goes_on and accepted < len(draft) and choice.tokens[-1] == draft[accepted]:
+            self.stats.accepted_at[accepted] += 1
+            accepted += 1
+            choice.computed += 1
+            goes_on = self._emit(item, logits[own + accepted - 1 :][:1], now)
+        if draft:
+            self._note_draft(choice, len(draft), accepted, goes_on)
+
+    def _note_draft(self, choice: Choice, drafted: int, accepted: int, goes_on: bool) -> None:
+        self.stats.drafts += 1
+        self.stats.draft_tokens += drafted
+        self.stats.accepted_tokens += accepted
+        if goes_on and self._speculation is not None:
+            self._runner.truncate(choice.id, choice.computed)
+            self._speculation.learn(choice.id, drafted, accepted)
+
+    def _emit(self, item: Work[Choice], logits: Logits, now: float) -> bool:
+        """Say what is new of one sequence, and whether it goes on."""
         choice = item.sequence
         try:
             event = self._advance(item, logits, now)
         except UserError as error:
             self._fail([choice.handle], error)
-            return
+            return False
         except Exception as error:
             # Whatever is wrong with this request's sampling or text is no matter of the others.
             logger.exception("sampling failed")
-            self._fail([choice.handle], _engine_error(error, "the next token could not be chosen"))
-            return
+            self._fail([choice.handle], engine_error(error, "the next token could not be chosen"))
+            return False
         if event.finish_reason is None:
             choice.handle.put(event)
             if choice.handle.backlog > MAX_BACKLOG * choice.handle.choices:
                 self.cancel(choice.handle)
-            return
+            return True
         self._end(choice, event)
         self.stats.request_time.observe(now - choice.arrived)
         self.stats.generation_length.observe(choice.num_output)
+        return False
 
     def _advance(self, item: Work[Choice], logits: Logits, now: float) -> Event:
         """Sample the next token of one sequence, and say what is new of it."""
         choice = item.sequence
         request = choice.request
-        prompt = _prompt_logprobs(item, logits) if request.prompt_logprobs else ()
+        prompt = prompt_logprobs(item, logits) if request.prompt_logprobs else ()
         if choice.computed < len(choice.tokens):
             return Event(choice.position, "", 0, None, None, prompt)
         if len(choice.tokens) >= choice.limit:
@@ -445,7 +467,7 @@ class Engine:
         logger.error("a step of the engine failed", exc_info=error)
         self._failures += 1
         self.stats.failed_steps += 1
-        self._fail({choice.handle for choice in choices}, _engine_error(error, "a step of the engine failed"))
+        self._fail({choice.handle for choice in choices}, engine_error(error, "a step of the engine failed"))
 
     def _fail(self, handles: Iterable[Handle], error: LlmcError) -> None:
         with self._lock:
@@ -468,29 +490,5 @@ class Engine:
 
 def _chunk(item: Work[Choice]) -> Chunk:
     choice, end = item.sequence, item.start + item.length
-    return Chunk(choice.id, item.start, np.array(choice.tokens[item.start : end], np.int64), item.logits)
-
-
-def _prompt_logprobs(item: Work[Choice], logits: Logits) -> tuple[TokenLogprobs, ...]:
-    """Of the prompt tokens that the rows of this chunk foretell and that were not reported yet."""
-    choice = item.sequence
-    first = item.start + item.length - len(logits) + 1
-    found = []
-    for position in range(max(first, choice.reported + 1), min(first + len(logits), choice.num_prompt)):
-        found.append(logprobs(logits[position - first], choice.tokens[position], choice.request.logprobs or 0))
-        choice.reported = position
-    return tuple(found)
-
-
-def _engine_error(error: Exception, what: str) -> LlmcError:
-    """What the client is told: llmc's own words, or no more than the kind of anything else."""
-    return EngineError(f"{what}: {error if isinstance(error, LlmcError) else type(error).__name__}")
-
-
-def _refusal(error: LlmcError) -> str:
-    kinds: dict[type[LlmcError], str] = {
-        OverloadedError: "queue_full",
-        DrainingError: "draining",
-        EngineError: "engine",
-    }
-    return kinds.get(type(error), "invalid")
+    tokens = [*choice.tokens[item.start : end], *choice.draft]
+    return Chunk(choice.id, item.start, np.array(tokens, np.int64), item.logits + len(choice.draft))

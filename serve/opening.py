@@ -7,9 +7,10 @@ from pathlib import Path
 
 from llmc.config import Strict
 from llmc.errors import UserError
-from llmc.serve.engine import MAX_WAITING, Engine
-from llmc.serve.runners import open_runner
+from llmc.serve.engine import MAX_QUEUE, Engine
+from llmc.serve.runners import GIB, open_runner
 from llmc.serve.service import Service
+from llmc.serve.speculate import open_speculation
 from llmc.tokenizer import Tokenizer
 
 
@@ -21,12 +22,14 @@ class Settings(Strict):
     api_key_file: Path | None = None
     threads: int | None = None
     max_sequences: int | None = None
-    cache_tokens: int | None = None
-    step_tokens: int | None = None
-    max_waiting: int = MAX_WAITING
-    max_waiting_tokens: int | None = None
+    kv_cache_gib: float | None = None
+    max_step_tokens: int | None = None
+    max_queue: int = MAX_QUEUE
+    max_queued_tokens: int | None = None
     max_body: int = 4
     allow_origin: tuple[str, ...] = ()
+    deterministic: bool = False
+    speculate: str | None = None
     strict: bool = False
 
 
@@ -58,14 +61,20 @@ def open_service(folder: Path, settings: Settings) -> Service:
         folder,
         threads=settings.threads,
         max_sequences=settings.max_sequences,
-        cache_tokens=settings.cache_tokens,
+        cache_gib=settings.kv_cache_gib,
+        deterministic=settings.deterministic,
     )
+    speculation = None
+    if (how := settings.speculate) is not None:
+        speculation = open_speculation(how, tokenizer, runner.limits.vocab_size, threads=settings.threads)
     engine = Engine(
         runner,
         tokenizer,
-        step_tokens=settings.step_tokens,
-        max_waiting=settings.max_waiting,
-        max_waiting_tokens=settings.max_waiting_tokens,
+        max_step_tokens=settings.max_step_tokens,
+        max_queue=settings.max_queue,
+        max_queued_tokens=settings.max_queued_tokens,
+        deterministic=settings.deterministic,
+        speculation=speculation,
     )
     return Service(
         engine,
@@ -80,7 +89,7 @@ def open_service(folder: Path, settings: Settings) -> Service:
 
 def welcome(service: Service, url: str) -> str:
     """What is served, within which limits, and a first request to try."""
-    budget = service.engine.budget
+    budget, limits = service.engine.budget, service.engine.limits
     key = " -H 'Authorization: Bearer KEY'" if service.api_keys else ""
     chat = service.tokenizer.chat_template is not None
     route = "chat/completions" if chat else "completions"
@@ -88,6 +97,7 @@ def welcome(service: Service, url: str) -> str:
     return (
         f"Serving '{service.model}' at {url}\n"
         f"  {budget.max_sequences} sequences at a time of {budget.longest} tokens at most, "
-        f"{budget.cache_tokens} tokens in the cache, {budget.max_waiting} sequences in the queue\n"
+        f"{budget.cache_tokens} tokens in the cache ({limits.cache_bytes / GIB:.2f} GiB), "
+        f"{budget.max_queue} sequences in the queue\n"
         f"Try:\n  curl {url}/v1/{route}{key} -H 'Content-Type: application/json' \\\n    -d '{body}'"
     )

@@ -69,27 +69,42 @@ class Budget:
         max_sequences: Sequences that run at a time.
         max_length: Tokens of one sequence.
         cache_tokens: Tokens of all running sequences together.
-        step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once. Only a
+        max_step_tokens: Tokens computed in one step; at least `max_sequences`, so that all can decode at once. Only a
             single prompt that cannot be cut may exceed it.
-        max_waiting: Sequences in the queue, when the batch is full.
-        max_waiting_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
+        max_queue: Sequences in the queue, when the batch is full.
+        max_queued_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
             fits the model.
+        deterministic: How a sequence is computed does not depend on the others: its prompt several tokens at a time,
+            never one, and what follows one by one, also when it is computed again. A runtime may round differently
+            for one token than for several (llmc/serve/invariance.py).
     """
 
     max_sequences: int
     max_length: int
     cache_tokens: int
-    step_tokens: int
-    max_waiting: int
-    max_waiting_tokens: int | None = None
+    max_step_tokens: int
+    max_queue: int
+    max_queued_tokens: int | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if self.step_tokens < self.max_sequences:
+        if self.max_step_tokens < self.max_sequences:
             raise UserError(
-                f"step_tokens ({self.step_tokens}) must be at least max_sequences ({self.max_sequences}): "
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences}): "
                 "every running sequence gets a token in every step",
-                param="step_tokens",
+                param="max_step_tokens",
             )
+        if self.max_step_tokens < self.max_sequences - 1 + self.least:
+            raise UserError(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least {self.max_sequences - 1 + self.least}, so "
+                f"that a prompt's chunk fits beside {self.max_sequences - 1} other sequences",
+                param="max_step_tokens",
+            )
+
+    @property
+    def least(self) -> int:
+        """Tokens of a step that let a prompt go on: of three, neither one may be computed alone nor one be left."""
+        return 3 if self.deterministic else 1
 
     @property
     def longest(self) -> int:
@@ -123,6 +138,11 @@ class Scheduler(Generic[S]):
         """Tokens of all sequences in the queue."""
         return sum(len(sequence.tokens) for sequence in self.waiting)
 
+    def room(self, work: Iterable[Work[S]]) -> int:
+        """Tokens that could be computed in the step beside `work`, and be kept in the cache for that time."""
+        planned = sum(item.length for item in work)
+        return min(self.budget.max_step_tokens - planned, self.budget.cache_tokens - self.held_tokens)
+
     def limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The length at which a sequence ends.
 
@@ -149,13 +169,13 @@ class Scheduler(Generic[S]):
             OverloadedError: The queue is full.
         """
         new = list(sequences)
-        room = self.budget.max_waiting + self.budget.max_sequences
+        room = self.budget.max_queue + self.budget.max_sequences
         if len(new) > room:
             raise UserError(f"one request may ask for {room} sequences on this server, not {len(new)}", param="n")
         # A burst on an idle server waits only for the next step, so places in the batch count as well.
         if (taken := len(self.waiting) + len(self.running)) + len(new) > room:
             raise OverloadedError(f"the queue is full ({taken} of {room} sequences): try again later")
-        most, queued = self.budget.max_waiting_tokens, self.waiting_tokens
+        most, queued = self.budget.max_queued_tokens, self.waiting_tokens
         if most is not None and queued and queued + sum(len(each.tokens) for each in new) > most:
             raise OverloadedError(f"the queue is full ({queued} of {most} tokens): try again later")
         for sequence in new:
@@ -183,21 +203,39 @@ class Scheduler(Generic[S]):
         work: list[Work[S]] = []
         prompts: list[S] = []
         for sequence in self.running:
-            if len(sequence.tokens) - sequence.computed == 1:
-                work.append(_next_work(sequence, 1))
+            if self._one_by_one(sequence):
+                work.append(self._next_work(sequence, 1))
             else:
                 prompts.append(sequence)
-        decoding, left = len(work), self.budget.step_tokens - len(work)
+        decoding, left = len(work), self.budget.max_step_tokens - len(work)
         for sequence in prompts:
-            if left:
-                work.append(_next_work(sequence, left))
+            if left >= self.budget.least:
+                work.append(self._next_work(sequence, left))
                 left -= work[-1].length
-        while left > 0 and self.waiting and self._fits(self.waiting[0]):
+        while left >= self.budget.least and self.waiting and self._fits(self.waiting[0]):
             if self.waiting[0].uncut > left and len(work) > decoding:
                 break
-            work.append(_next_work(self._admit(), left))
+            work.append(self._next_work(self._admit(), left))
             left -= work[-1].length
         return work
+
+    def _one_by_one(self, sequence: S) -> bool:
+        """It is decoding; a deterministic one does so again after it gave up its place."""
+        missing = len(sequence.tokens) - sequence.computed
+        return missing == 1 or (self.budget.deterministic and not sequence.prefilling)
+
+    def _next_work(self, sequence: S, most: int) -> Work[S]:
+        missing = len(sequence.tokens) - sequence.computed
+        uncut = sequence.uncut - sequence.computed
+        count = min(missing, max(most, uncut))
+        if self.budget.deterministic and sequence.prefilling:
+            prompt = sequence.num_prompt - sequence.computed
+            # Of a prompt that is not finished at least two tokens stay.
+            lonely = prompt - count == 1
+            count = min(prompt, count - lonely if count - lonely >= uncut else count + 1)
+        if sequence.request.prompt_logprobs and sequence.prefilling:
+            return Work(sequence, sequence.computed, count, count)
+        return Work(sequence, sequence.computed, count, int(count == missing))
 
     def _fits(self, sequence: S) -> bool:
         """Whether the first in the queue may run now."""
@@ -232,11 +270,3 @@ class Scheduler(Generic[S]):
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
-
-
-def _next_work(sequence: S, most: int) -> Work[S]:
-    missing = len(sequence.tokens) - sequence.computed
-    count = min(missing, max(most, sequence.uncut - sequence.computed))
-    if sequence.request.prompt_logprobs and sequence.prefilling:
-        return Work(sequence, sequence.computed, count, count)
-    return Work(sequence, sequence.computed, count, int(count == missing))

@@ -65,20 +65,20 @@ def serve(
     load: Callable[[], Service],
     announce: Callable[[Service, str], None],
     *,
-    drain_seconds: float = 60.0,
+    drain_timeout: float = 60.0,
 ) -> None:
     """Serve until SIGTERM or SIGINT; leaves through SystemExit, with status 0 after an orderly end.
 
     Args:
         load: Opens the engine; called in the worker process, since runtimes with threads do not survive a fork.
         announce: Called with the service and its URL once requests are taken.
-        drain_seconds: How long running requests may go on after SIGTERM.
+        drain_timeout: How long running requests may go on after SIGTERM.
 
     Raises:
         UserError: Nothing can listen at `address`.
     """
     address.check()
-    _Application(address, load, drain_seconds, announce).run()
+    _Application(address, load, drain_timeout, announce).run()
 
 
 class _Application(BaseApplication):  # type: ignore[misc]
@@ -88,12 +88,12 @@ class _Application(BaseApplication):  # type: ignore[misc]
         self,
         address: Address,
         load: Callable[[], Service],
-        drain_seconds: float,
+        drain_timeout: float,
         announce: Callable[[Service, str], None],
     ) -> None:
         self.address = address
         self.load_service = load
-        self.drain_seconds = drain_seconds
+        self.drain_timeout = drain_timeout
         self.announce = announce
         super().__init__()
 
@@ -107,7 +107,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
             "worker_connections": 10_000,
             # The heartbeat of a worker that loads a large engine stops for long; /health tells what is stuck.
             "timeout": 0,
-            "graceful_timeout": int(self.drain_seconds) + EXIT_SECONDS,
+            "graceful_timeout": int(self.drain_timeout) + EXIT_SECONDS,
             "keepalive": 75,
             "accesslog": None,
             "errorlog": "-",
@@ -165,7 +165,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Load the application, then make as many threads as its engine takes requests."""
         super().load_wsgi()
         budget = self.engine.budget
-        self.tpool = ThreadPoolExecutor(budget.max_sequences + budget.max_waiting + SPARE_THREADS)
+        self.tpool = ThreadPoolExecutor(budget.max_sequences + budget.max_queue + SPARE_THREADS)
         name = self.sockets[0].getsockname()
         host = self.app.address.host
         self.app.announce(self.app.service, f"http://{f'[{host}]' if ':' in host else host}:{name[1]}")
@@ -196,7 +196,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         sys.exit(0)
 
     def _drain(self) -> None:
-        done = self.engine.drain(self.app.drain_seconds)
+        done = self.engine.drain(self.app.drain_timeout)
         logger.info("drained" if done else "stopped requests that took too long")
         # The last events are with their threads; these write them and finish.
         deadline = time.monotonic() + 1.0

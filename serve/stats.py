@@ -38,6 +38,9 @@ class Stats:
         prefix_queries, prefix_hits: Tokens asked for, and found, in the cache when a sequence began.
         finished: Sequences by finish reason.
         refused: Requests by why they were not taken in.
+        drafts, draft_tokens, accepted_tokens: Of speculative decoding: sequences' steps with drafts, the tokens drafted
+            in them, and those that came indeed.
+        accepted_at: Of these, by place in the draft, from 0.
         queue_time: From arrival to the first step.
         step_time: One call of the runner.
         overhead_time: The engine's own work around it.
@@ -52,6 +55,10 @@ class Stats:
     generation_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: Counter[int] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     queue_time: Histogram = field(default_factory=lambda: Histogram(SECONDS))

@@ -56,4 +56,5 @@ def write(spec: ModelSpec) -> dict[str, Any]:
 
 
 _NAMES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
-FAMILY = Family("chatglm", _NAMES, read, write, RULES, ("*.rotary_emb.inv_freq",), native=None, sign="position_encoding_2d")
+_TABLES = ("*.rotary_emb.inv_freq",)
+FAMILY = Family("chatglm", _NAMES, read, write, RULES, _TABLES, native=None, sign="position_encoding_2d")

@@ -39,7 +39,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """Ray asks for it once the engine is open."""
         budget = self.service.engine.budget
-        return Bridge(create_app(self.service), budget.max_sequences + budget.max_waiting + SPARE_THREADS)
+        return Bridge(create_app(self.service), budget.max_sequences + budget.max_queue + SPARE_THREADS)
 
     def check_health(self) -> None:
         """Ray asks; whoever raises is replaced."""

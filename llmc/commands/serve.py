@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="More keys, one a line.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads that compute; by default all.")
 @click.option("--max-sequences", type=click.IntRange(1), help="Sequences that run at a time.")
-@click.option("--cache-tokens", type=click.IntRange(1), help="Tokens of the KV cache, all sequences together.")
-@click.option("--step-tokens", type=click.IntRange(1), help="Tokens computed in one step, all sequences together.")
-@click.option("--max-waiting", default=128, show_default=True, type=click.IntRange(1), help="Sequences in the queue.")
-@click.option("--max-queued-tokens", "max_waiting_tokens", type=click.IntRange(1), help="Tokens in the queue.")
+@click.option("--kv-cache-gib", type=click.FloatRange(0, min_open=True), help="By default half of the free memory.")
+@click.option("--max-step-tokens", type=click.IntRange(1), help="Tokens computed in one step, all sequences together.")
+@click.option("--max-queue", default=128, show_default=True, type=click.IntRange(1), help="Sequences in the queue.")
+@click.option("--max-queued-tokens", type=click.IntRange(1), help="Tokens in the queue.")
 @click.option("--max-body", default=4, show_default=True, type=click.IntRange(1), help="MiB of a request's body.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Let scripts of these web pages in (CORS).")
+@click.option("--speculate", metavar="ngram[:K]|draft=ENGINE", help="Draft tokens that are checked in one step.")
+@click.option("--deterministic", is_flag=True, help="The same tokens whatever else runs; checked at the start.")
 @click.option("--strict", is_flag=True, help="Refuse unknown fields; else ignored, with a Warning header.")
-@click.option("--drain-seconds", default=60, show_default=True, type=click.IntRange(0), help="After SIGTERM.")
-def command(engine: Path, host: str, port: int, drain_seconds: int, **options: Any) -> None:
+@click.option("--drain-timeout", default=60, show_default=True, type=click.IntRange(0), help="Seconds after SIGTERM.")
+def command(engine: Path, host: str, port: int, drain_timeout: int, **options: Any) -> None:
     """Serve the engine in the folder ENGINE: OpenAI's API, /health, /ready, /metrics, and PaddleNLP's /api/chat."""
     for module in ("flask", "gunicorn", "prometheus_client"):
         need.need(module)
@@ -52,4 +54,4 @@ def command(engine: Path, host: str, port: int, drain_seconds: int, **options: A
 
         click.echo(welcome(service, url))
 
-    serve(Address(host, port), load, announce, drain_seconds=drain_seconds)
+    serve(Address(host, port), load, announce, drain_timeout=drain_timeout)

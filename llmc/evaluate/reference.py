@@ -84,6 +84,11 @@ class ReferenceRunner:
         logits: Logits = self._decoder.logits(hidden[len(hidden) - chunk.logits :]).numpy()
         return logits
 
+    def truncate(self, sequence_id: int, length: int) -> None:
+        """See Runner."""
+        if sequence_id in self._caches:
+            self._caches[sequence_id].truncate(length)
+
     def free(self, sequence_id: int) -> None:
         """See Runner."""
         self._caches.pop(sequence_id, None)

@@ -6,9 +6,11 @@ import importlib
 from pathlib import Path
 
 from llmc.engine import open_engine
+from llmc.errors import UserError
 from llmc.runtime import Runner
 
-# backend -> module with `open_runner(folder, engine, threads=, max_sequences=, cache_tokens=)`.
+# backend -> module with `open_runner(folder, engine, threads=, max_sequences=, cache_tokens=, deterministic=)`.
+GIB = 1 << 30
 RUNNERS = {"ort": "llmc.serve.runners.ort"}
 
 
@@ -18,6 +20,8 @@ def open_runner(
     threads: int | None = None,
     max_sequences: int | None = None,
     cache_tokens: int | None = None,
+    cache_gib: float | None = None,
+    deterministic: bool = False,
 ) -> Runner:
     """Open an engine.
 
@@ -26,15 +30,32 @@ def open_runner(
         max_sequences: Sequences at a time.
         cache_tokens: Tokens of the KV cache, for all sequences together; by default what fits in half of the memory
             that is free now.
+        cache_gib: The same as memory, in GiB, instead of `cache_tokens`.
+        deterministic: Reuse from the cache only what was computed in the same way; see llmc/serve/invariance.py.
 
     Raises:
+        UserError: `cache_gib` is too little for one sequence of the greatest length.
         ManifestError: `folder` is not an engine, is of another schema, or was changed.
         MissingDependencyError: The backend's package is not installed.
         EngineError: The backend cannot load it.
     """
     engine = open_engine(folder)
+    if cache_gib is not None:
+        cache_tokens = int(cache_gib * GIB) // engine.cache_token_bytes
+        if cache_tokens < engine.max_length:
+            needed = engine.max_length * engine.cache_token_bytes / GIB
+            raise UserError(
+                f"a KV cache of {cache_gib:g} GiB holds {cache_tokens} tokens, but this engine's sequences may have "
+                f"{engine.max_length}: give it at least {needed:.3f} GiB, "
+                "or build the engine with a smaller --max-length"
+            )
     module = importlib.import_module(RUNNERS[engine.backend])
     runner: Runner = module.open_runner(
-        folder, engine, threads=threads, max_sequences=max_sequences, cache_tokens=cache_tokens
+        folder,
+        engine,
+        threads=threads,
+        max_sequences=max_sequences,
+        cache_tokens=cache_tokens,
+        deterministic=deterministic,
     )
     return runner

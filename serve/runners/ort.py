@@ -60,13 +60,17 @@ class Cache:
             array[a, :, :count_b] = array[b, :, :count_b]
             array[b, :, :count_a] = kept
 
-    def drop(self, slot: int) -> None:
-        # Whole pages only; what is left of a page at either end stays resident.
-        begin = -(-slot * self._slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (slot + 1) * self._slot_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin:
-            for memory in self._maps.values():
-                memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    def drop(self, slot: int, keep: int) -> None:
+        heads, token_bytes = self.shape[1], self.dtype.itemsize * self.shape[3]
+        first = slot * self._slot_bytes
+        size = self._slot_bytes // heads if keep else self._slot_bytes
+        for begin in range(first, first + self._slot_bytes, size):
+            # Whole pages only; what is left of a page at either end stays resident.
+            low = -(-(begin + keep * token_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+            high = (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if high > low:
+                for memory in self._maps.values():
+                    memory.madvise(mmap.MADV_DONTNEED, low, high - low)
 
 
 def _reserve(size: int) -> mmap.mmap:
@@ -92,13 +96,14 @@ class _DecodeBatch:
 class OrtRunner:
     """An engine of the backend "ort", opened. Implements `llmc.runtime.Runner`."""
 
-    def __init__(self, session: Any, engine: Engine, limits: Limits) -> None:
+    def __init__(self, session: Any, engine: Engine, limits: Limits, *, deterministic: bool = False) -> None:
         self._ort = need("onnxruntime")
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
         self._table = SlotTable(
-            self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix
+            self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix,
+            steady_only=deterministic,
         )
         self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
         self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)
@@ -110,16 +115,19 @@ class OrtRunner:
     def claim(self, sequence_id: int, tokens: npt.NDArray[np.int64], salt: str = "") -> int:
         return self._table.claim(sequence_id, tokens, salt)
 
+    def truncate(self, sequence_id: int, length: int) -> None:
+        self._table.forget(sequence_id, length)
+
     def free(self, sequence_id: int) -> None:
         self._table.free(sequence_id)
 
     def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """See `llmc.runtime.Runner.step`."""
-        for chunk in chunks:
-            self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
-        self._table.trim()
         results: dict[int, Logits] = {}
         try:
+            for chunk in chunks:
+                self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
+            self._table.trim()
             singles = [chunk for chunk in chunks if len(chunk.tokens) == 1]
             if singles:
                 self._decode(singles, results)
@@ -129,6 +137,8 @@ class OrtRunner:
         except Exception as error:
             for chunk in chunks:
                 self._table.forget(chunk.sequence_id, chunk.start)
+            if isinstance(error, EngineError):
+                raise
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         return [results[chunk.sequence_id] for chunk in chunks]
 
@@ -214,7 +224,13 @@ class OrtRunner:
 
 
 def open_runner(
-    folder: Path, engine: Engine, *, threads: int | None, max_sequences: int | None, cache_tokens: int | None
+    folder: Path,
+    engine: Engine,
+    *,
+    threads: int | None,
+    max_sequences: int | None,
+    cache_tokens: int | None,
+    deterministic: bool = False,
 ) -> OrtRunner:
     """Open the engine in `folder`; see `llmc.serve.runners.open_runner`."""
     ort = need("onnxruntime")
@@ -233,14 +249,14 @@ def open_runner(
         cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
         vocab_size=engine.spec.vocab_size,
         prefix_end=engine.spec.prefix.end if engine.spec.prefix else None,
+        token_bytes=engine.cache_token_bytes,
     )
-    return OrtRunner(session, engine, limits)
+    return OrtRunner(session, engine, limits, deterministic=deterministic)
 
 
 def _affordable_tokens(engine: Engine) -> int:
     """Tokens whose keys and values fit in a share of the memory that is free now, at least those of one sequence."""
-    per_token = 2 * engine.spec.num_layers * engine.spec.kv_size * (1 if engine.kv_cache == "int8" else 4)
-    return max(engine.max_length, int(CACHE_SHARE * _available_memory()) // per_token)
+    return max(engine.max_length, int(CACHE_SHARE * _available_memory()) // engine.cache_token_bytes)
 
 
 def _available_memory() -> int:

@@ -37,8 +37,8 @@ class Storage(Protocol):
         """Let two slots change places, of which the first `count_a` and `count_b` tokens matter."""
         ...
 
-    def drop(self, slot: int) -> None:
-        """Give a slot's memory back to the system."""
+    def drop(self, slot: int, keep: int) -> None:
+        """Give a slot's memory back to the system, but for its first `keep` tokens."""
         ...
 
 
@@ -53,6 +53,7 @@ class Slot:
         used: When it was last claimed or freed, in calls.
         salt: Of the sequence that it was last claimed for.
         span: The prefix that its first chunk had.
+        steady: How many of its first tokens were computed several at a time, not one by one.
     """
 
     index: int
@@ -63,6 +64,7 @@ class Slot:
     used: int = 0
     salt: str = ""
     span: Span = NO_PREFIX
+    steady: int = 0
 
     def shared(self, tokens: Tokens, salt: str, span: Span = NO_PREFIX) -> int:
         """How many of the first tokens were computed alike; none for another salt or prefix.
@@ -83,9 +85,10 @@ class SlotTable:
     """The slots of one cache.
 
     Attributes:
-        capacity: Tokens that may be resident in all slots together; claimed slots are never dropped for it, because
-            the scheduler keeps those within the limit.
+        capacity: Tokens that may be resident in all slots together; those of claimed slots are never dropped for it,
+            because the scheduler keeps them within the limit.
         prefix: The model's, None where it has none.
+        steady_only: Reuse nothing that was computed one by one, since that may be rounded differently.
     """
 
     storage: Storage
@@ -93,6 +96,7 @@ class SlotTable:
     max_length: int
     capacity: int
     prefix: Prefix | None = None
+    steady_only: bool = False
     slots: list[Slot] = field(init=False)
     _of_sequence: dict[int, Slot] = field(init=False, default_factory=dict)
     _clock: int = field(init=False, default=0)
@@ -114,8 +118,8 @@ class SlotTable:
         if not free:
             raise EngineError(f"all {self.count} slots of the KV cache are in use")
         span = prefixes.find(self.prefix, tokens)
-        best = max(self.slots, key=lambda slot: slot.shared(tokens, salt, span))
-        reused = min(best.shared(tokens, salt, span), len(tokens) - 1)
+        best = max(self.slots, key=lambda slot: self._reusable(slot, tokens, salt, span))
+        reused = min(self._reusable(best, tokens, salt, span), len(tokens) - 1)
         if best.sequence_id is None and 2 * reused >= best.length > 0:
             slot = best
         else:
@@ -124,6 +128,7 @@ class SlotTable:
             if reused and slot is not best:
                 self.storage.copy(best.index, slot.index, reused)
                 slot.tokens[:reused] = tokens[:reused]
+        slot.steady = min(best.steady, reused)
         slot.length = reused
         slot.resident = max(slot.resident, reused)
         slot.sequence_id = sequence_id
@@ -131,6 +136,10 @@ class SlotTable:
         self._of_sequence[sequence_id] = slot
         self._touch(slot)
         return reused
+
+    def _reusable(self, slot: Slot, tokens: Tokens, salt: str, span: Span) -> int:
+        shared = slot.shared(tokens, salt, span)
+        return min(shared, slot.steady) if self.steady_only else shared
 
     def extend(self, sequence_id: int, start: int, tokens: Tokens) -> None:
         """Note that the tokens from `start` on are about to be computed."""
@@ -144,13 +153,15 @@ class SlotTable:
             # The claim may have named fewer tokens.
             slot.span = prefixes.find(self.prefix, tokens)
         slot.tokens[start:end] = tokens
+        slot.steady = end if len(tokens) > 1 and start <= slot.steady else min(slot.steady, start)
         slot.length = end
         slot.resident = max(slot.resident, end)
 
     def forget(self, sequence_id: int, length: int) -> None:
-        """Note that only the first `length` tokens of a slot can be trusted."""
-        slot = self[sequence_id]
-        slot.length = min(slot.length, length)
+        """Note that only the first `length` tokens of a sequence can be trusted; unclaimed ids are ignored."""
+        if (slot := self._of_sequence.get(sequence_id)) is not None:
+            slot.length = min(slot.length, length)
+            slot.steady = min(slot.steady, length)
 
     def free(self, sequence_id: int) -> None:
         slot = self._of_sequence.pop(sequence_id, None)
@@ -177,17 +188,20 @@ class SlotTable:
         return [slot.sequence_id for slot in self.slots[:count] if slot.sequence_id is not None]
 
     def trim(self) -> None:
-        """Drop what is only remembered, the oldest first, until the resident tokens fit the capacity."""
+        """Drop memory until the resident tokens fit the capacity.
+
+        First what lies behind the tokens of claimed slots, left there by longer sequences before them; then what is
+        only remembered, the oldest first.
+        """
         total = sum(slot.resident for slot in self.slots)
-        if total <= self.capacity:
-            return
-        for slot in sorted(self.slots, key=lambda each: each.used):
-            if slot.sequence_id is None and slot.resident:
-                self.storage.drop(slot.index)
-                total -= slot.resident
-                slot.length = slot.resident = 0
-                if total <= self.capacity:
-                    return
+        for slot in sorted(self.slots, key=lambda each: (each.sequence_id is None, each.used)):
+            if total <= self.capacity:
+                return
+            keep = 0 if slot.sequence_id is None else slot.length
+            if slot.resident > keep:
+                self.storage.drop(slot.index, keep)
+                total -= slot.resident - keep
+                slot.length, slot.resident, slot.steady = min(slot.length, keep), keep, min(slot.steady, keep)
 
     def _touch(self, slot: Slot) -> None:
         self._clock += 1

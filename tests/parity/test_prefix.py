@@ -216,7 +216,7 @@ def test_more_prompts_than_fit(
     tokenizer, choose = Tokenizer.load(checkpoint), random.Random(1)
     prompts = [prompt(4 + 9 * (number % 4), seed=number % 4) for number in range(14)]
     counts = [choose.randrange(20, 50) for _ in prompts]
-    engine = Engine(make(checkpoint, tmp_path / "engine"), tokenizer, step_tokens=8)
+    engine = Engine(make(checkpoint, tmp_path / "engine"), tokenizer, max_step_tokens=8)
     requests = [
         Request(tuple(tokens), Sampling(temperature=0, ignore_eos=True), count)
         for tokens, count in zip(prompts, counts, strict=True)

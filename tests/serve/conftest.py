@@ -11,8 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fake
+from flask.testing import FlaskClient
 
+from llmc.serve.app import create_app
 from llmc.serve.engine import Engine
+from llmc.serve.service import Service
 from llmc.tokenizer import Tokenizer
 
 
@@ -39,3 +42,18 @@ def make_engine(tokenizer: Tokenizer) -> Iterator[Callable[..., Engine]]:
         engine.close()
         assert runner.closed
         assert not runner.caches, "a slot was leaked"
+
+
+@pytest.fixture
+def runner() -> fake.FakeRunner:
+    return fake.FakeRunner(max_sequences=4, max_length=256)
+
+
+@pytest.fixture
+def service(make_engine: Callable[..., Engine], runner: fake.FakeRunner) -> Service:
+    return Service(make_engine(runner, max_queue=8), "toy", 1234, max_body=100_000, strict=True)
+
+
+@pytest.fixture
+def client(service: Service) -> FlaskClient:
+    return create_app(service).test_client()

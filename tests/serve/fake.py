@@ -21,6 +21,7 @@ from llmc.runtime import Chunk, Limits, Logits, Tokens
 from llmc.tokenizer import Tokenizer
 
 VOCAB = tiny.VOCAB_SIZE
+TOKEN_BYTES = 8
 
 
 def tokenizer(folder: Path) -> Tokenizer:
@@ -79,7 +80,8 @@ class FakeRunner:
         eos: int | None = None,
         remember: int = 4,
     ) -> None:
-        self._limits = Limits(max_sequences, max_length, cache_tokens or max_sequences * max_length, vocab_size)
+        held = cache_tokens or max_sequences * max_length
+        self._limits = Limits(max_sequences, max_length, held, vocab_size, TOKEN_BYTES)
         self.delay = delay
         self.eos = eos
         self.fail_steps: set[int] = set()
@@ -150,6 +152,11 @@ class FakeRunner:
         if self.poison is not None and self.poison in cache:
             rows = [np.full_like(each, np.nan) for each in rows]
         return np.array(rows, np.float32).reshape(chunk.logits, self._limits.vocab_size)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        with _alone(self._inside):
+            assert not self.closed
+            del self.caches[sequence_id][length:]
 
     def free(self, sequence_id: int) -> None:
         with _alone(self._inside):

@@ -1,7 +1,7 @@
 """`python fake_server.py FOLDER OPTIONS`: the real server, gunicorn and all, around the toy model.
 
 FOLDER gets the tiny tokenizer. OPTIONS is JSON: "runner", "engine" and "service" hold keyword arguments of these,
-"drain_seconds" a number, and with "broken" nothing can be loaded. Prints one line of JSON: "url", and the worker's
+"drain_timeout" a number, and with "broken" nothing can be loaded. Prints one line of JSON: "url", and the worker's
 "pid".
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     def announce(service: Service, url: str) -> None:
         print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
 
-    serve(Address("127.0.0.1", 0), load, announce, drain_seconds=options.get("drain_seconds", 30))
+    serve(Address("127.0.0.1", 0), load, announce, drain_timeout=options.get("drain_timeout", 30))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def runner() -> fake.FakeRunner:
 
 @pytest.fixture
 def service(make_engine: MakeEngine, runner: fake.FakeRunner) -> Service:
-    return Service(make_engine(runner, max_waiting=8), "toy", 1234, max_body=100_000)
+    return Service(make_engine(runner, max_queue=8), "toy", 1234, max_body=100_000)
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_cache_is_shared_within_a_salt_alone(client: FlaskClient) -> None:
 
 def test_tokens_in_the_queue_are_limited(make_engine: MakeEngine) -> None:
     runner = fake.FakeRunner(max_sequences=1, max_length=256)
-    engine = make_engine(runner, max_waiting_tokens=20)
+    engine = make_engine(runner, max_queued_tokens=20)
     client = create_app(Service(engine, "toy", 1)).test_client()
     runner.gate.clear()
     first = engine.submit(Request((5, 6), max_tokens=2))

@@ -58,7 +58,7 @@ def test_many_with_random_arrivals_give_the_same_as_alone(
     make_engine: MakeEngine, tokenizer: Tokenizer, cache_tokens: int | None
 ) -> None:
     runner = fake.FakeRunner(max_sequences=16, max_length=64, cache_tokens=cache_tokens, delay=0.0005, eos=2)
-    engine = make_engine(runner, step_tokens=24)
+    engine = make_engine(runner, max_step_tokens=24)
     requests = [Request(prompt(seed, 1 + 7 * seed % 16), GREEDY, max_tokens=1 + 5 * seed % 48) for seed in range(40)]
     results: dict[int, str] = {}
     reasons: dict[int, str | None] = {}
@@ -108,7 +108,7 @@ def test_several_prompts_and_choices_are_numbered_through(make_engine: MakeEngin
 
 
 def test_logprobs_of_output_and_prompt(make_engine: MakeEngine) -> None:
-    engine = make_engine(fake.FakeRunner(max_length=400), step_tokens=16)
+    engine = make_engine(fake.FakeRunner(max_length=400), max_step_tokens=16)
     ids = prompt(3, 40)
     collect(engine.submit(Request(ids, GREEDY, max_tokens=1)))
     events = collect(engine.submit(Request(ids, GREEDY, max_tokens=3, logprobs=2, prompt_logprobs=True)))
@@ -126,7 +126,7 @@ def test_logprobs_of_output_and_prompt(make_engine: MakeEngine) -> None:
 
 
 def test_prompt_logprobs_come_once_though_the_prompt_is_computed_twice(make_engine: MakeEngine) -> None:
-    engine = make_engine(fake.FakeRunner(max_sequences=2, max_length=100, cache_tokens=100), step_tokens=16)
+    engine = make_engine(fake.FakeRunner(max_sequences=2, max_length=100, cache_tokens=100), max_step_tokens=16)
     requests = [Request(prompt(seed, 20), GREEDY, max_tokens=70, logprobs=0, prompt_logprobs=True) for seed in (1, 2)]
     handles = [engine.submit(request) for request in requests]
     for request, handle in zip(requests, handles, strict=True):
@@ -173,7 +173,7 @@ def test_stop_strings_tokens_and_the_model_s_own_end(make_engine: MakeEngine, to
 @pytest.mark.parametrize("when", ["running", "waiting", "reading its prompt"])
 def test_cancel_frees_the_slot_within_two_steps(make_engine: MakeEngine, when: str) -> None:
     runner = fake.FakeRunner(max_sequences=1 if when == "waiting" else 4, max_length=4000, delay=0.005)
-    engine = make_engine(runner, step_tokens=8)
+    engine = make_engine(runner, max_step_tokens=8)
     other = engine.submit(Request(prompt(1, 3), GREEDY, max_tokens=60))
     wait_for(lambda: runner.steps > 3)
     size = 1000 if when == "reading its prompt" else 3
@@ -320,13 +320,13 @@ BAD = {
 def test_a_request_that_cannot_be_done_is_refused_at_once(make_engine: MakeEngine, name: str) -> None:
     request, param, words = BAD[name]
     with pytest.raises(UserError, match=words) as caught:
-        make_engine(max_waiting=3).submit(request)
+        make_engine(max_queue=3).submit(request)
     assert caught.value.param == param
 
 
 def test_a_full_queue_refuses(make_engine: MakeEngine) -> None:
     runner = fake.FakeRunner(max_sequences=1)
-    engine = make_engine(runner, max_waiting=2)
+    engine = make_engine(runner, max_queue=2)
     runner.gate.clear()
     first = engine.submit(Request((5, 6), GREEDY, max_tokens=3))
     wait_for(lambda: engine.num_running == 1)

@@ -15,7 +15,7 @@
 12  a malicious folder              test_hf.py: a_malicious_pickle; here: external_data
 13  names that lead out             here: names
 14  endless forms, stop strings     test_forms.py: hostile_forms; here: stop_strings
-15  slow texts and templates        test_prompt.py: a_bad_template; here: bombs, long_texts_let_others_work
+15  slow texts and templates        test_prompt.py: a_bad_template, a_template_without_end; here: bombs, long_texts
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def test_hung(make_engine: MakeEngine) -> None:
 
 def test_tiny_cache(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
     """Thirty-two long requests on a cache for hardly more than one."""
-    engine = make_engine(fake.FakeRunner(max_sequences=8, max_length=64, cache_tokens=70), max_waiting=64)
+    engine = make_engine(fake.FakeRunner(max_sequences=8, max_length=64, cache_tokens=70), max_queue=64)
     requests = [Request((5 + seed, 6, 7), Sampling(temperature=0), 50) for seed in range(32)]
     handles = [engine.submit(request) for request in requests]
     for request, handle in zip(requests, handles, strict=True):
@@ -171,7 +171,7 @@ def test_tiny_cache(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
 
 
 def test_second_sigterm(start: Callable[..., Server]) -> None:  # noqa: F811
-    server = start(runner={"max_length": 50_000, "delay": 0.02}, drain_seconds=60)
+    server = start(runner={"max_length": 50_000, "delay": 0.02}, drain_timeout=60)
     sock = server.open({"prompt": "the", "max_tokens": 40_000, "stream": True, "ignore_eos": True})
     server.wait_for(lambda: server.metric("generation_tokens_total") >= 2)
     server.process.send_signal(signal.SIGTERM)

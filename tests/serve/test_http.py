@@ -1,180 +1,23 @@
-"""The REST interface around the toy model, in this process: shapes, bad input, metrics. No socket is opened."""
+"""What must not be said to the REST interface: bad bodies, unknown routes, missing keys. No socket is opened."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import fake
 import pytest
 from flask.testing import FlaskClient
-from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from prometheus_client.parser import text_string_to_metric_families
-from werkzeug.test import TestResponse
+from web import CHAT, DETOKENIZE, GOOD, GOOD_TEXT, HELLO, PADDLE, RESPONSES, TEXT, TOKENIZE, check_error
 
-from llmc.prompt import chat_ids
 from llmc.serve.app import create_app
 from llmc.serve.engine import Engine
 from llmc.serve.service import Service
-from llmc.tokenizer import Tokenizer
 
 MakeEngine = Callable[..., Engine]
-HELLO = [{"role": "user", "content": "hello"}]
-CHAT, TEXT, PADDLE = "/v1/chat/completions", "/v1/completions", "/api/chat"
-RESPONSES, TOKENIZE, DETOKENIZE = "/v1/responses", "/tokenize", "/detokenize"
-
-
-@pytest.fixture
-def runner() -> fake.FakeRunner:
-    return fake.FakeRunner(max_sequences=4, max_length=256)
-
-
-@pytest.fixture
-def service(make_engine: MakeEngine, runner: fake.FakeRunner) -> Service:
-    return Service(make_engine(runner, max_waiting=8), "toy", 1234, max_body=100_000, strict=True)
-
-
-@pytest.fixture
-def client(service: Service) -> FlaskClient:
-    return create_app(service).test_client()
-
-
-def events(response: TestResponse) -> list[Any]:
-    """The JSON of a stream's events; the last must be [DONE]."""
-    assert response.status_code == 200
-    assert response.mimetype == "text/event-stream"
-    blocks = response.get_data(as_text=True).split("\n\n")
-    assert blocks.pop() == ""
-    assert blocks.pop() == "data: [DONE]"
-    return [json.loads(block.removeprefix("data: ")) for block in blocks if not block.startswith(":")]
-
-
-def answer(tokenizer: Tokenizer, prompt: list[int], count: int) -> str:
-    return tokenizer.decode(fake.greedy(prompt, count))
-
-
-def test_models(client: FlaskClient) -> None:
-    listed = client.get("/v1/models").get_json()
-    assert [Model.model_validate(each, strict=True).id for each in listed["data"]] == ["toy"]
-    assert client.get("/v1/models/toy").get_json() == listed["data"][0]
-    missing = client.get("/v1/models/other")
-    assert missing.status_code == 404
-    assert missing.get_json()["error"]["code"] == "model_not_found"
-
-
-@pytest.mark.parametrize("logprobs", [False, True])
-def test_chat_streaming_or_not_says_the_same(client: FlaskClient, tokenizer: Tokenizer, logprobs: bool) -> None:
-    body: dict[str, Any] = {"model": "toy", "messages": HELLO, "max_tokens": 12, "temperature": 0, "n": 2}
-    if logprobs:
-        body |= {"logprobs": True, "top_logprobs": 3}
-    whole = client.post(CHAT, json=body).get_json()
-    ChatCompletion.model_validate(whole, strict=True)
-    ids = chat_ids(tokenizer, HELLO)
-    wanted = answer(tokenizer, ids, 12)
-    assert [choice["message"]["content"] for choice in whole["choices"]] == [wanted] * 2
-    assert [choice["finish_reason"] for choice in whole["choices"]] == ["length"] * 2
-    assert whole["usage"]["completion_tokens"] == 24
-    assert whole["usage"]["prompt_tokens"] == len(ids)
-    assert whole["usage"]["total_tokens"] == 24 + len(ids)
-
-    chunks = events(client.post(CHAT, json=body | {"stream": True, "stream_options": {"include_usage": True}}))
-    for chunk in chunks:
-        ChatCompletionChunk.model_validate(chunk, strict=True)
-    assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["completion_tokens"] == 24
-    assert all(chunk["usage"] is None for chunk in chunks[:-1])
-    for index in range(2):
-        mine = [each["choices"][0] for each in chunks[:-1] if each["choices"][0]["index"] == index]
-        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
-        assert "".join(each["delta"].get("content", "") for each in mine) == wanted
-        assert [each["finish_reason"] for each in mine if each["finish_reason"]] == ["length"]
-        if logprobs:
-            streamed = [entry for each in mine if each["logprobs"] for entry in each["logprobs"]["content"]]
-            assert streamed == whole["choices"][index]["logprobs"]["content"]
-            assert len(streamed) == 12
-            assert all(len(entry["top_logprobs"]) == 3 for entry in streamed)
-            raw = bytes(byte for entry in streamed for byte in entry["bytes"])
-            assert raw.decode("utf-8", "replace") == wanted
-
-
-def test_completions_streaming_or_not_says_the_same(client: FlaskClient, tokenizer: Tokenizer) -> None:
-    body = {"prompt": ["the quick", "fox"], "max_tokens": 9, "temperature": 0, "n": 2, "echo": True, "logprobs": 2}
-    whole = client.post(TEXT, json=body).get_json()
-    plain = {key: value for key, value in body.items() if key != "echo"}
-    Completion.model_validate(client.post(TEXT, json=plain).get_json(), strict=True)
-    wanted = [text + answer(tokenizer, tokenizer.encode(text), 9) for text in ("the quick", "fox") for _ in range(2)]
-    assert [choice["text"] for choice in whole["choices"]] == wanted
-    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
-    for choice in whole["choices"]:
-        lists = choice["logprobs"]
-        assert len({len(values) for values in lists.values()}) == 1
-        assert lists["token_logprobs"][0] is None
-        assert lists["top_logprobs"][0] is None
-        assert all(value < 0 for value in lists["token_logprobs"][1:])
-        assert lists["text_offset"] == sorted(lists["text_offset"])
-    chunks = events(client.post(TEXT, json=body | {"stream": True}))
-    for index in range(4):
-        mine = [each["choices"][0] for each in chunks if each["choices"][0]["index"] == index]
-        assert "".join(each["text"] for each in mine) == wanted[index]
-        for name, values in whole["choices"][index]["logprobs"].items():
-            assert [value for each in mine for value in each["logprobs"][name]] == values
-
-
-def test_prompts_may_be_texts_or_tokens(client: FlaskClient, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("the quick")
-    for prompt in ("the quick", ["the quick"], ids, [ids]):
-        found = client.post(TEXT, json={"prompt": prompt, "max_tokens": 5, "temperature": 0}).get_json()
-        assert [choice["text"] for choice in found["choices"]] == [answer(tokenizer, ids, 5)]
-    found = client.post(
-        TEXT, json={"prompt": [ids, ids[:1]], "max_tokens": 5, "temperature": 0, "echo": True}
-    ).get_json()
-    assert [choice["text"] for choice in found["choices"]] == [
-        "the quick" + answer(tokenizer, ids, 5),
-        "the" + answer(tokenizer, ids[:1], 5),
-    ]
-
-
-def test_the_likelihood_of_a_text_without_generating(client: FlaskClient, tokenizer: Tokenizer) -> None:
-    body = {"prompt": "the quick brown fox", "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
-    choice = client.post(TEXT, json=body).get_json()["choices"][0]
-    assert choice["text"] == "the quick brown fox"
-    assert "".join(choice["logprobs"]["tokens"]) == "the quick brown fox"
-
-
-def test_stop_and_finish_reason(client: FlaskClient, tokenizer: Tokenizer) -> None:
-    wanted = answer(tokenizer, tokenizer.encode("the"), 40)
-    stop = wanted[15:18]
-    body = {"prompt": "the", "max_tokens": 40, "temperature": 0}
-    for value in (stop, [stop, "never to be seen"]):
-        choice = client.post(TEXT, json=body | {"stop": value}).get_json()["choices"][0]
-        assert (choice["text"], choice["finish_reason"]) == (wanted[: wanted.index(stop)], "stop")
-    chunks = events(client.post(TEXT, json=body | {"stop": stop, "stream": True}))
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == wanted[: wanted.index(stop)]
-
-
-def test_defaults_and_harmless_fields(client: FlaskClient) -> None:
-    found = client.post(TEXT, json={"prompt": "the", "seed": 1}).get_json()
-    assert found["usage"]["completion_tokens"] == 16
-    harmless = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "n": None, "stop": None}
-    nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "temperature": 1, "top_p": 1}
-    response = client.post(CHAT, json={"messages": HELLO, "max_completion_tokens": 3, **harmless, **nothing})
-    assert response.status_code == 200
-    assert response.get_json()["usage"]["completion_tokens"] == 3
-
-
-def test_what_an_answer_holds_may_be_sent_back(client: FlaskClient) -> None:
-    message = client.post(CHAT, json={"messages": HELLO, "max_tokens": 3}).get_json()["choices"][0]["message"]
-    parts = [{"type": "text", "text": "and"}, {"type": "text", "text": " more"}]
-    body = {"messages": [*HELLO, message, {"role": "user", "content": parts}], "max_tokens": 3}
-    assert client.post(CHAT, json=body).status_code == 200
-
 
 SCHEMA = "response_format.json_schema.schema"
-GOOD_CHAT: dict[str, Any] = {"messages": HELLO, "max_tokens": 2}
-GOOD_TEXT: dict[str, Any] = {"prompt": "the", "max_tokens": 2}
 
 # (route, changes to a good body, status, param of the error)
 BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
@@ -291,15 +134,6 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (PADDLE, {"src_length": 3}, 400, "src_length"),
     (PADDLE, {"max_length": 0}, 400, "max_length"),
 ]  # fmt: skip
-GOOD = {
-    CHAT: GOOD_CHAT,
-    TEXT: GOOD_TEXT,
-    PADDLE: {"context": "hello", "max_length": 2},
-    RESPONSES: {"input": "hello", "max_output_tokens": 2},
-    TOKENIZE: {"prompt": "hello"},
-    DETOKENIZE: {"tokens": [5, 6]},
-}
-GENERATING = [CHAT, TEXT, PADDLE, RESPONSES]
 
 # (body, content type, status)
 RAW: list[tuple[bytes, str | None, int]] = [
@@ -327,20 +161,6 @@ RAW: list[tuple[bytes, str | None, int]] = [
     (b'{"prompt": "the"}', None, 415),
     (b'{"prompt": "' + b"a" * 100_001 + b'"}', "application/json", 413),
 ]
-
-
-def check_error(response: TestResponse, status: int) -> dict[str, Any]:
-    """Every error has the one shape, and says nothing of this machine."""
-    assert response.status_code == status, response.get_data(as_text=True)[:300]
-    assert response.mimetype == "application/json"
-    error: dict[str, Any] = response.get_json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    assert len(error["message"]) < 1000
-    assert "Traceback" not in error["message"]
-    assert "/work" not in error["message"]
-    assert "site-packages" not in error["message"]
-    return error
 
 
 def test_bad_fields_are_named(client: FlaskClient) -> None:
@@ -401,108 +221,6 @@ def test_too_long_a_prompt_has_openai_s_code(client: FlaskClient) -> None:
     assert "maximum context length is 256 tokens" in error["message"]
 
 
-def test_a_model_without_a_template(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
-    bare = dataclasses.replace(tokenizer, chat_template=None)
-    engine = Engine(fake.FakeRunner(), bare)
-    engine.start()
-    client = create_app(Service(engine, "toy", 1)).test_client()
-    error = check_error(client.post(CHAT, json=GOOD_CHAT), 400)
-    assert "/v1/completions" in error["message"]
-    check_error(client.post(PADDLE, json={"context": "a", "history": ["b", "c"]}), 400)
-    lines = client.post(PADDLE, json={"context": "the", "max_length": 5, "top_p": 0.0}).get_data(as_text=True)
-    text = "".join(json.loads(line)["result"]["response"]["utterance"] for line in lines.splitlines())
-    assert text == answer(tokenizer, tokenizer.encode("the"), 5)
-    engine.close()
-
-
-HISTORIES: list[Any] = [
-    ["hi", "yes?"],
-    [{"utterance": "hi"}, {"utterance": "yes?"}],
-    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}],
-    '[{"utterance": "hi"}, {"utterance": "yes?"}]',
-]
-
-
-@pytest.mark.parametrize("history", HISTORIES, ids=range(len(HISTORIES)))
-def test_paddle_chat(client: FlaskClient, tokenizer: Tokenizer, history: Any) -> None:
-    """The body of PaddleNLP's own request_flask_server.py."""
-    body = {"context": "hello", "history": history, "top_k": 0, "top_p": 0.0, "temperature": 0.95}
-    body |= {"repetition_penalty": 1.0, "max_length": 10, "src_length": 100, "min_length": 1, "extra_info": {"a": 1}}
-    response = client.post(PADDLE, json=body)
-    assert response.mimetype == "application/x-ndjson"
-    lines = [json.loads(line) for line in response.get_data(as_text=True).splitlines()]
-    assert all(line["error_code"] == 0 and line["error_msg"] == "Success" for line in lines)
-    assert all(line["result"]["response"]["role"] == "bot" for line in lines)
-    turns = [("user", "hi"), ("assistant", "yes?"), ("user", "hello")]
-    ids = chat_ids(tokenizer, [{"role": role, "content": text} for role, text in turns])
-    text = "".join(line["result"]["response"]["utterance"] for line in lines)
-    assert text == answer(tokenizer, ids, 10)
-    # Without room for the history, it is as if there was none.
-    short = client.post(PADDLE, json=body | {"src_length": len(ids) - 1}).get_data(as_text=True).splitlines()
-    text = "".join(json.loads(line)["result"]["response"]["utterance"] for line in short)
-    assert text == answer(tokenizer, chat_ids(tokenizer, HELLO), 10)
-    error = client.post(PADDLE, json={"context": 5}).get_json()
-    assert (error["error_code"], error["error_msg"]) == (1, error["error"]["message"])
-
-
-def test_overload_and_drain(client: FlaskClient, service: Service, runner: fake.FakeRunner) -> None:
-    runner.gate.clear()
-    engine = service.engine
-    from llmc.serve.request import Request
-
-    handles = [engine.submit(Request((5, 6), max_tokens=2)) for _ in range(4 + 8)]
-    response = client.post(TEXT, json=GOOD_TEXT)
-    assert check_error(response, 429)["type"] == "rate_limit_error"
-    assert int(response.headers["Retry-After"]) >= 1
-    assert client.get("/ready").status_code == 200
-    engine.begin_drain()
-    for route in GENERATING:
-        response = client.post(route, json=GOOD[route])
-        assert check_error(response, 503)["code"] == "shutting_down"
-        assert int(response.headers["Retry-After"]) >= 1
-    assert client.get("/ready").status_code == 503
-    assert client.get("/health").status_code == 200
-    runner.gate.set()
-    for handle in handles:
-        assert [event.finish_reason for event in handle.events(10) if event.finish_reason] == ["length"]
-
-
-def test_an_engine_that_fails(client: FlaskClient, runner: fake.FakeRunner) -> None:
-    runner.fail_steps = {0, 3, 5}
-    error = check_error(client.post(CHAT, json=GOOD_CHAT), 500)
-    assert error["type"] == "server_error"
-    streamed = client.post(CHAT, json=GOOD_CHAT | {"max_tokens": 9, "stream": True}).get_data(as_text=True)
-    last = streamed.strip().split("\n\n")[-1]
-    assert "told to fail" in json.loads(last.removeprefix("data: "))["error"]["message"]
-    lines = client.post(PADDLE, json={"context": "a", "max_length": 9}).get_data(as_text=True).splitlines()
-    assert json.loads(lines[-1])["error_code"] == 1
-    assert client.post(CHAT, json=GOOD_CHAT).status_code == 200
-
-
-def test_a_bug_is_no_page_of_html(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmc.serve.routes.chat.chat_ids", lambda *_, **__: 1 / 0)
-    error = check_error(client.post(CHAT, json=GOOD_CHAT), 500)
-    assert "division" not in error["message"]
-
-
-def test_an_unhealthy_engine(client: FlaskClient, runner: fake.FakeRunner) -> None:
-    runner.fail_steps = {0, 1, 2}
-    assert client.get("/health").status_code == 200
-    for _ in range(3):
-        client.post(TEXT, json=GOOD_TEXT)
-    assert client.get("/health").status_code == client.get("/ready").status_code == 503
-    assert "steps failed" in client.get("/health").get_json()["reason"]
-
-
-def test_silence_is_filled_with_comments(make_engine: MakeEngine) -> None:
-    runner = fake.FakeRunner(delay=0.3)
-    client = create_app(Service(make_engine(runner), "toy", 1, keep_alive=0.05)).test_client()
-    response = client.post(TEXT, json=GOOD_TEXT | {"stream": True})
-    text = response.get_data(as_text=True)
-    assert text.count(": keep-alive\n\n") >= 2
-    assert events(response)
-
-
 ROUTES = ["/v1/models", "/v1/models/toy", *GOOD, "/metrics", "/openapi.json", "/nothing"]
 
 
@@ -535,32 +253,3 @@ def test_other_origins_are_not_let_in_unless_named(client: FlaskClient, service:
     assert preflight.status_code == 200
     assert preflight.headers["Access-Control-Allow-Origin"] == "https://page.example"
     assert "Access-Control-Allow-Origin" not in open_client.options(CHAT, headers={"Origin": "https://evil"}).headers
-
-
-def samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            yield sample.name, sample.labels, sample.value
-
-
-def test_metrics_count_what_happened(client: FlaskClient) -> None:
-    for _ in range(3):
-        client.post(TEXT, json=GOOD_TEXT)
-    client.post(TEXT, json={"prompt": "fox " * 300})
-    client.post(TEXT, json={})
-    text = client.get("/metrics").get_data(as_text=True)
-    found = {(name, labels.get("le", labels.get("finished_reason"))): value for name, labels, value in samples(text)}
-    assert found["llmc:generation_tokens_total", None] == 6
-    assert found["llmc:prompt_tokens_total", None] == 3
-    assert found["llmc:request_success_total", "length"] == 3
-    assert found["llmc:time_to_first_token_seconds_count", None] == 3
-    assert found["llmc:time_to_first_token_seconds_bucket", "+Inf"] == 3
-    assert found["llmc:inter_token_latency_seconds_count", None] == 3
-    assert found["llmc:num_requests_running", None] == found["llmc:num_requests_waiting", None] == 0
-    assert found["llmc:kv_cache_usage_perc", None] == 0
-    answers = [(labels, value) for name, labels, value in samples(text) if name == "llmc:http_responses_total"]
-    assert ({"model_name": "toy", "route": TEXT, "status": "400"}, 2.0) in answers
-    names = {name for name, _, _ in samples(text)}
-    wanted = "prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total e2e_request_latency_seconds_sum"
-    assert {f"llmc:{name}" for name in wanted.split()} <= names
-    assert all(labels.get("model_name") == "toy" for name, labels, _ in samples(text) if name.startswith("llmc:"))

@@ -67,7 +67,7 @@ def test_random_arrivals_give_transformers_tokens(
     ]
     counts = [choose.randrange(1, 40) for _ in prompts]
     wanted = truth(name, prompts, counts, tokenizer.eos_ids)
-    engine = Engine(make(checkpoint, tmp_path / "engine"), tokenizer, step_tokens=16)
+    engine = Engine(make(checkpoint, tmp_path / "engine"), tokenizer, max_step_tokens=16)
     engine.start()
     texts: dict[int, str] = {}
 

@@ -126,7 +126,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for all tests that leave it as they found it: 16 sequences, half a millisecond a step."""
     runner = {"max_sequences": 16, "max_length": 512, "delay": 0.0005, "eos": 2}
-    running = Server(tmp_path_factory.mktemp("server"), runner=runner, engine={"step_tokens": 32})
+    running = Server(tmp_path_factory.mktemp("server"), runner=runner, engine={"max_step_tokens": 32})
     yield running
     assert running.stop() == 0
     assert "Traceback" not in running.log()
@@ -195,7 +195,7 @@ def test_openai_exceptions(server: Server) -> None:
 
 
 def test_openai_with_a_key_and_an_engine_that_fails(start: Callable[..., Server]) -> None:
-    server = start(service={"api_keys": ["other", "secret"]}, runner={"max_sequences": 1}, engine={"max_waiting": 1})
+    server = start(service={"api_keys": ["other", "secret"]}, runner={"max_sequences": 1}, engine={"max_queue": 1})
     asked: Any = {"model": "toy", "messages": HELLO, "max_tokens": 2}
     with server.openai(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
         client.chat.completions.create(**asked)
@@ -261,7 +261,7 @@ def test_a_client_that_goes_away_frees_its_slot_within_two_steps(
 
 
 def test_clients_that_leave_the_queue_or_a_long_prompt(start: Callable[..., Server]) -> None:
-    server = start(runner={"max_length": 4000, "delay": 0.02, "max_sequences": 1}, engine={"step_tokens": 4})
+    server = start(runner={"max_length": 4000, "delay": 0.02, "max_sequences": 1}, engine={"max_step_tokens": 4})
     reading = server.open({"prompt": "fox " * 1500, "max_tokens": 5, "stream": True})
     server.wait_for(lambda: server.metric("num_requests_running") == 1)
     queued = [server.open({"prompt": "the", "max_tokens": 5, "stream": which}) for which in (True, False)]
@@ -312,7 +312,7 @@ def test_a_reader_that_stops_reading_harms_nobody(start: Callable[..., Server]) 
 
 
 def test_health_answers_while_every_stream_is_taken(start: Callable[..., Server]) -> None:
-    server = start(runner={"max_length": 5000, "delay": 0.02, "max_sequences": 4}, engine={"max_waiting": 6})
+    server = start(runner={"max_length": 5000, "delay": 0.02, "max_sequences": 4}, engine={"max_queue": 6})
     asked = {"prompt": "the", "max_tokens": 4000, "stream": True, "ignore_eos": True}
     socks = [server.open(asked) for _ in range(10)]
     server.wait_for(lambda: server.metric("num_requests_waiting") == 6)
@@ -355,7 +355,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(start: Callable[..., Se
 
 
 def test_sigterm_ends_what_takes_too_long(start: Callable[..., Server]) -> None:
-    server = start(runner={"max_length": 50_000, "delay": 0.02}, drain_seconds=1)
+    server = start(runner={"max_length": 50_000, "delay": 0.02}, drain_timeout=1)
     sock = server.open({"prompt": "the", "max_tokens": 40_000, "stream": True, "ignore_eos": True})
     server.wait_for(lambda: server.metric("generation_tokens_total") >= 2)
     began = time.monotonic()

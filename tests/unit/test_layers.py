@@ -16,7 +16,7 @@ FOLDERS = ("llmc", "converters", "builders", "trainers", "serve")
 # From the bottom: a module imports from lower rows and from its own package, never sideways, never up.
 LAYERS: list[set[str]] = [
     {"llmc", "llmc.errors"},
-    {"llmc.log", "llmc.config", "llmc.need", "llmc.json_file"},
+    {"llmc.log", "llmc.config", "llmc.need", "llmc.json_file", "llmc.template"},
     {"llmc.manifest", "llmc.spec", "llmc.tensors", "llmc.runtime"},
     {"llmc.names", "llmc.engine", "llmc.verified", "llmc.rope", "llmc.alibi", "llmc.prefix"},
     {"llmc.recipe"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +239,7 @@ BAD_TEMPLATES = {
     "{{ messages[0].nothing.at.all }}": "UndefinedError",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
     "{{ messages.append(1) }}": "SecurityError",
-    "{% for i in range(1000000000) %}{% endfor %}": "OverflowError",
+    "{% for i in range(1000000000) %}{% endfor %}": "LimitError",
     "{{ 1 / 0 }}": "ZeroDivisionError",
     "{% include '/etc/passwd' %}": "TypeError",
 }
@@ -253,3 +255,44 @@ def test_a_bad_template_is_an_error_of_the_request(folder: Path, template: str) 
 def test_without_a_template_the_error_says_what_works(folder: Path) -> None:
     with pytest.raises(UserError, match="/v1/completions"):
         chat_text(ours(folder, None), [{"role": "user", "content": "x"}])
+
+
+TWICE = "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = "
+ENDLESS = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes longer than",
+    "{% macro again(n) %}{{ again(n - 1) if n }}{{ again(n - 1) if n }}{% endmacro %}{{ again(90) }}": "takes longer",
+    "{% for a in [messages] recursive %}{{ loop([messages, messages]) }}{% endfor %}": "takes longer|Recursion",
+    "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}": "text of more than",
+    TWICE + "ns.s ~ ns.s %}{% endfor %}": "text of more than",
+    TWICE + "ns.s + ns.s %}{% endfor %}": "text of more than",
+    TWICE + "ns.s * 99 %}{% endfor %}": "text of more than",
+    TWICE + "[ns.s, ns.s] | join %}{% endfor %}": "text of more than",
+    TWICE + "ns.s | replace('a', ns.s) %}{% endfor %}": "text of more than",
+    TWICE + "ns.s.replace('a', ns.s) %}{% endfor %}": "text of more than",
+    "{{ [0] * 10 ** 10 }}": "text of more than",
+    "{{ 9 ** (9 ** 9) }}": "too many digits",
+    "{{ 'a'.ljust(10 ** 10) }}": "text of more than",
+    "{{ 'a' | center(10 ** 10) }}": "text of more than",
+    "{{ 'a' | indent(width=10 ** 10, first=true) }}": "text of more than",
+    "{{ '%9999999999d' % 1 }}": "text of more than",
+    "{{ '%9999999999d' | format(1) }}": "text of more than",
+    "{{ '{:>9999999999}'.format(1) }}": "text of more than",
+    "{{ [1] | batch(10 ** 10, 0) | list }}": "text of more than",
+    "{{ [1] | slice(10 ** 10) | list }}": "text of more than",
+    "{{ lipsum(n=10 ** 9) }}": "text of more than",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_without_end_is_stopped(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.template.MAX_SECONDS", 0.3)
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=ENDLESS[template]):
+        chat_text(ours(folder, template), [{"role": "user", "content": "x"}])
+    assert time.monotonic() - began < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
+
+
+def test_a_long_conversation_is_within_the_limits(folder: Path) -> None:
+    messages = [{"role": "user", "content": "a word " * 5}] * 20_000
+    assert len(chat_text(ours(folder, tiny.CHAT_TEMPLATE), messages)) > 20_000 * 35

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 
 from llmc import manifest as manifests
 from llmc.builders import ort as builder
-from llmc.engine import open_engine
+from llmc.engine import describe, open_engine
 from llmc.errors import EngineError, ManifestError, UserError
 from llmc.runtime import Chunk
 from llmc.serve.runners import open_runner
+from llmc.serve.runners.ort import Cache
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -122,6 +124,43 @@ def test_limits_follow_from_the_options(engine: Path) -> None:
     runner.close()
 
 
+def test_the_cache_s_memory_is_bounded_and_known(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slot after another holds a long sequence; what they leave behind is given back to the system."""
+    spec = open_engine(engine).spec
+    token_bytes = 2 * 4 * spec.num_layers * spec.attention.num_kv_heads * spec.attention.head_dim
+    runner = open_runner(engine, threads=1, max_sequences=3, cache_gib=300.5 * token_bytes / 2**30)
+    assert (runner.limits.cache_tokens, runner.limits.token_bytes) == (300, token_bytes)
+    assert runner.limits.cache_bytes == 300 * token_bytes
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(runner._cache, "drop", lambda slot, keep: dropped.append((slot, keep)))  # type: ignore[attr-defined]
+    for number in range(2):
+        runner.claim(number, np.arange(200) + number)
+        runner.step([Chunk(number, 0, np.arange(200) + number)])
+        runner.free(number)
+    assert dropped == [(0, 0)]
+    runner.close()
+    with pytest.raises(UserError, match=r"holds 255 tokens, but .* may have 256: give it at least"):
+        open_runner(engine, threads=1, cache_gib=255 * token_bytes / 2**30)
+
+
+def test_memory_behind_what_is_kept_is_given_back(engine: Path) -> None:
+    """Whole pages behind the kept tokens read as zero again, and no other byte changes."""
+    cache = Cache(describe(engine).model_copy(update={"max_length": 4096}), slots=3)
+    for array in cache.arrays.values():
+        array[:] = 1
+    cache.drop(1, 100)
+    page_tokens = mmap.PAGESIZE // (cache.dtype.itemsize * cache.shape[3])
+    assert cache.shape[2] > 10 * page_tokens
+    for array in cache.arrays.values():
+        assert (array[[0, 2]] == 1).all()
+        assert (array[1, :, :100] == 1).all()
+        assert (array[1, :, 100 + page_tokens : -page_tokens] == 0).all()
+    cache.drop(1, 0)
+    for array in cache.arrays.values():
+        assert (array[[0, 2]] == 1).all()
+        assert (array[1, :, page_tokens:-page_tokens] == 0).all()
+
+
 def test_a_failed_step_is_an_engine_error_and_the_next_one_works(engine: Path) -> None:
     runner = open_runner(engine, threads=1, max_sequences=2)
     tokens = np.array([5, 6, 7])
@@ -135,4 +174,19 @@ def test_a_failed_step_is_an_engine_error_and_the_next_one_works(engine: Path) -
     runner.claim(3, tokens)
     (again,) = runner.step([Chunk(3, 2, tokens[2:])])
     np.testing.assert_allclose(again, after, atol=1e-5)
+    runner.close()
+
+
+@pytest.mark.parametrize("bad", [Chunk(2, 5, np.array([5])), Chunk(9, 0, np.array([5]))], ids=["gap", "unclaimed"])
+def test_a_wrong_chunk_leaves_the_others_as_they_were(engine: Path, bad: Chunk) -> None:
+    """Tokens that were announced, but never computed, are nothing that a later sequence could reuse."""
+    runner = open_runner(engine, threads=1, max_sequences=3)
+    tokens = np.array([5, 6, 7, 8])
+    for each in (1, 2):
+        runner.claim(each, tokens)
+    with pytest.raises(EngineError, match=r"^sequence \d.*(do not continue|never claimed)"):
+        runner.step([Chunk(1, 0, tokens), bad])
+    assert runner.claim(3, tokens) == 0
+    (after,) = runner.step([Chunk(1, 0, tokens)])
+    assert np.isfinite(after).all()
     runner.close()

@@ -38,13 +38,18 @@ class Cache:
     def __init__(self) -> None:
         self.held: dict[int, list[int]] = {}
         self.reuse = 0
+        self.deterministic = False
         self.refuse = False
 
     def claim(self, sequence: Sequence) -> int:
         if self.refuse:
             raise OverloadedError("refused")
         assert sequence.id not in self.held
-        found = min(self.reuse, len(sequence.tokens) - 1)
+        most = len(sequence.tokens) - 1
+        if self.deterministic:
+            # As the engine's claim has it: at least two tokens of a prompt are left.
+            most = max(0, sequence.num_prompt - 2)
+        found = min(self.reuse, most)
         self.held[sequence.id] = sequence.tokens[:found]
         return found
 
@@ -76,8 +81,9 @@ class Machine(RuleBasedStateMachine):
         max_length=st.integers(2, 24),
         cache_tokens=st.integers(2, 60),
         extra=st.integers(0, 12),
-        max_waiting=st.integers(1, 8),
-        max_waiting_tokens=st.none() | st.integers(1, 40),
+        max_queue=st.integers(1, 8),
+        max_queued_tokens=st.none() | st.integers(1, 40),
+        deterministic=st.booleans(),
     )
     def build(
         self,
@@ -85,12 +91,14 @@ class Machine(RuleBasedStateMachine):
         max_length: int,
         cache_tokens: int,
         extra: int,
-        max_waiting: int,
-        max_waiting_tokens: int | None,
+        max_queue: int,
+        max_queued_tokens: int | None,
+        deterministic: bool,
     ) -> None:
-        step = max_sequences + extra
-        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_waiting, max_waiting_tokens)
+        step = max_sequences + extra + 2 * deterministic
+        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_queue, max_queued_tokens, deterministic)
         self.cache = Cache()
+        self.cache.deterministic = deterministic
         self.scheduler: Scheduler[Sequence] = Scheduler(self.budget, self.cache)
         self.everyone: list[Sequence] = []
         self.began: list[int] = []
@@ -119,8 +127,8 @@ class Machine(RuleBasedStateMachine):
         for each in new:
             each.uncut = len(prompt) if is_uncut else 0
         before = list(self.scheduler.waiting)
-        queued, most = sum(len(each.tokens) for each in before), self.budget.max_waiting_tokens
-        many = len(before) + len(self.scheduler.running) + n > self.budget.max_waiting + self.budget.max_sequences
+        queued, most = sum(len(each.tokens) for each in before), self.budget.max_queued_tokens
+        many = len(before) + len(self.scheduler.running) + n > self.budget.max_queue + self.budget.max_sequences
         if many or (most is not None and before and queued + n * len(prompt) > most):
             with pytest.raises((OverloadedError, UserError)):
                 self.scheduler.add(new)
@@ -161,11 +169,16 @@ class Machine(RuleBasedStateMachine):
     def check_plan(self, work: list[Work[Sequence]], decoding: list[Sequence]) -> None:
         planned = [item.sequence for item in work]
         assert len({each.id for each in planned}) == len(planned)
-        if sum(item.length for item in work) > self.budget.step_tokens:
+        if sum(item.length for item in work) > self.budget.max_step_tokens:
             (long,) = (item for item in work if item.length > 1)
             assert long.start + long.length == long.sequence.uncut
         assert all(item.start + item.length >= item.sequence.uncut for item in work), "a prompt was cut"
         assert all(item.length >= 1 for item in work)
+        if self.budget.deterministic:
+            for item in work:
+                rest = item.sequence.num_prompt - item.start
+                alone = rest <= 0 or item.sequence.num_prompt == 1
+                assert item.length == 1 if alone else 2 <= item.length <= rest != item.length + 1
         assert bool(work) == any(each.state is not State.FINISHED for each in self.everyone)
         for each in decoding:
             assert each in planned or each.state is State.WAITING, "a decoding sequence got no token"
@@ -180,7 +193,7 @@ class Machine(RuleBasedStateMachine):
     def nothing_is_exceeded_or_leaked(self) -> None:
         running, waiting = self.scheduler.running, list(self.scheduler.waiting)
         assert len(running) <= self.budget.max_sequences
-        assert len(waiting) <= self.budget.max_waiting + self.budget.max_sequences
+        assert len(waiting) <= self.budget.max_queue + self.budget.max_sequences
         assert set(self.cache.held) == {each.id for each in running}
         assert sum(len(held) for held in self.cache.held.values()) <= self.budget.cache_tokens
         for each in (running, waiting):
@@ -223,10 +236,10 @@ TestScheduler = Machine.TestCase
 
 
 def make(
-    max_sequences: int = 2, cache_tokens: int = 100, step_tokens: int = 8, max_waiting: int = 8
+    max_sequences: int = 2, cache_tokens: int = 100, max_step_tokens: int = 8, max_queue: int = 8
 ) -> tuple[Scheduler[Sequence], Cache]:
     cache = Cache()
-    return Scheduler(Budget(max_sequences, 64, cache_tokens, step_tokens, max_waiting), cache), cache
+    return Scheduler(Budget(max_sequences, 64, cache_tokens, max_step_tokens, max_queue), cache), cache
 
 
 def sequence(scheduler: Scheduler[Sequence], number: int, prompt: int, max_tokens: int) -> Sequence:
@@ -340,7 +353,7 @@ def test_what_can_never_fit_is_refused_with_the_limit() -> None:
         with pytest.raises(UserError, match=r"50 tokens|at least one") as caught:
             scheduler.limit(prompt, most)
         assert caught.value.param == param
-    with pytest.raises(UserError, match="step_tokens"):
+    with pytest.raises(UserError, match="max_step_tokens"):
         Budget(8, 10, 10, 4, 1)
 
 

@@ -30,8 +30,8 @@ class Memory:
         self.cells[a, :count_b] = self.cells[b, :count_b]
         self.cells[b, :count_a] = kept
 
-    def drop(self, slot: int) -> None:
-        self.cells[slot] = -1
+    def drop(self, slot: int, keep: int) -> None:
+        self.cells[slot, keep:] = -1
 
 
 # Few different tokens, so that prompts often begin alike.
@@ -100,7 +100,7 @@ class Slots(RuleBasedStateMachine):
     @invariant()
     def nothing_is_remembered_beyond_the_capacity(self) -> None:
         self.table.trim()
-        claimed = sum(slot.resident for slot in self.table.slots if slot.sequence_id is not None)
+        claimed = sum(slot.length for slot in self.table.slots if slot.sequence_id is not None)
         assert sum(slot.resident for slot in self.table.slots) <= max(CAPACITY, claimed)
 
 

@@ -102,7 +102,11 @@ class OrtRunner:
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
         self._table = SlotTable(
-            self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix,
+            self._cache,
+            limits.max_sequences,
+            limits.max_length,
+            limits.cache_tokens,
+            engine.spec.prefix,
             steady_only=deterministic,
         )
         self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)

@@ -288,7 +288,9 @@ def architecture_for(family: str) -> str:
     Raises:
         UnsupportedModelError: GGUF has none for it.
     """
-    met = set(families.by_name(family).architectures)
+    own = families.by_name(family)
+    # What is read from GGUF has no sign: its architecture is that of the family without one.
+    met = set() if own.sign else set(own.architectures)
     for name, architecture in ARCHITECTURES.items():
         if met.intersection((architecture.name, *architecture.variants.values(), *architecture.relatives)):
             return name

@@ -50,7 +50,7 @@ def measure(runner: Runner, *, batches: Sequence[int], prompt: int, output: int,
     Args:
         prompt: Tokens of each prompt.
         output: Tokens generated for each sequence.
-        chunk: Tokens of a prompt that are computed in one step.
+        chunk: Tokens of a prompt that are computed in one step, where prompts may be cut.
 
     Raises:
         UserError: The engine cannot hold so many sequences, or such long ones.
@@ -65,6 +65,8 @@ def measure(runner: Runner, *, batches: Sequence[int], prompt: int, output: int,
     if prompt + output > limits.max_length:
         raise UserError(f"{prompt + output} tokens are longer than this engine's longest sequence, {limits.max_length}")
     random = np.random.default_rng(0)
+    # As it is served: such a prompt is never cut.
+    chunk = chunk if limits.prefix_end is None else prompt
     rates = [_best(_prefill(runner, random, prompt, chunk) for _ in range(ROUNDS))]
     decodes = ((_decode(runner, random, batch, prompt, output) for _ in range(ROUNDS)) for batch in batches)
     return rates + [_best(rounds) for rounds in decodes]

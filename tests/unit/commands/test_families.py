@@ -36,6 +36,7 @@ def test_json() -> None:
     assert [family["name"] for family in found] == NAMES
     by_name = {family["name"]: family for family in found}
     assert by_name["mistral"]["gguf"] == "llama"
+    assert (by_name["chatglm"]["gguf"], by_name["chatglm2"]["gguf"]) == (None, "chatglm")
     assert [name for name in NAMES if by_name[name]["experts"]] == ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 

@@ -50,6 +50,7 @@ format: $(READY)  ## Put the code in its format
 
 bench: real-model $(READY)  ## Time every stage: LLMC_REAL_MODEL=/path/to/model.gguf make bench
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) bench/spine.py "$$LLMC_REAL_MODEL"
+	$(PY) bench/convert.py
 
 clean:  ## Remove what the demo and the tools left, but not the environment
 	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmc.checkpoint import Checkpoint
 from llmc.converters import families, hf, own
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Family, Progress
@@ -29,19 +30,25 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         UserError: It is quantized, or `out` exists.
     """
     found = hf.open_checkpoint(folder)
+    family, spec = form(found)
+    return hf.write(found, family, spec, out, overwrite=overwrite, progress=progress)
+
+
+def form(found: Checkpoint) -> tuple[Family, ModelSpec]:
+    """The family under whose names transformers loads a model, and the spec with its name."""
     family = families.by_name(found.spec.family)
     if family.native == "":
-        return hf.export(folder, out, overwrite=overwrite, progress=progress)
+        return family, found.spec
     if family.native is not None:
         native = families.by_name(family.native)
         spec = found.spec.model_copy(update={"family": native.name})
         if can_say(native, spec):
-            return hf.write(found, native, spec, out, overwrite=overwrite, progress=progress)
+            return native, spec
     logger.warning(
-        f"transformers has no class for this {family.name}: {out} is for llmc's own, {own.ARCHITECTURE}; "
+        f"transformers has no class for this {family.name}: written for llmc's own, {own.ARCHITECTURE}; "
         "`import llmc.modeling` before AutoModelForCausalLM.from_pretrained"
     )
-    return hf.write(found, own.form(found.spec), found.spec, out, overwrite=overwrite, progress=progress)
+    return own.form(found.spec), found.spec
 
 
 def can_say(family: Family, spec: ModelSpec) -> bool:

@@ -80,6 +80,12 @@ class _SharedCache(KVCache):
         super().__init__()
         self.theirs = theirs
 
+    @classmethod
+    def of(cls, theirs: Cache) -> _SharedCache:
+        """The same one for as long as theirs is used, for what else the decoder keeps beside keys and values."""
+        found: _SharedCache = vars(theirs).setdefault("llmc", cls(theirs))
+        return found
+
     @property
     def length(self) -> int:
         return int(self.theirs.get_seq_length())
@@ -131,7 +137,7 @@ class LlmcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         _refuse_other_padding(attention_mask, past)
-        cache = None if past_key_values is None else _SharedCache(past_key_values)
+        cache = None if past_key_values is None else _SharedCache.of(past_key_values)
         hidden = self.decoder.hidden(input_ids, cache=cache)
         logits = self.decoder.logits(hidden[:, -logits_to_keep:])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)

@@ -37,15 +37,30 @@ def locate(name: str) -> tuple[str, Path]:
     if name.startswith(("http://", "https://")):
         return "server", Path(name)
     folder = Path(name)
-    if not (folder / manifests.NAME).is_file():
-        if (folder / "config.json").is_file():
-            return "hf", folder
-        raise UserError(
-            f"{name} is none of these: a Hugging Face folder, a checkpoint, an engine, the http:// address of a server"
-        )
-    kind = manifests.read(folder).kind
-    inside = {"run": folder / "model", "export": folder}
-    return ("hf", inside[kind]) if kind in inside else (kind, folder)
+    if (folder / manifests.NAME).is_file():
+        kind = manifests.read(folder).kind
+        inside = {"run": folder / "model", "export": folder}
+        return (_kind_of_source(inside[kind]), inside[kind]) if kind in inside else (kind, folder)
+    if folder.is_file() or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
+        return _kind_of_source(folder), folder
+    raise UserError(
+        f"{name} is none of these: a Hugging Face folder or another source that llmc convert reads, a checkpoint, an "
+        "engine, the http:// address of a server"
+    )
+
+
+def _kind_of_source(path: Path) -> str:
+    """ "hf" where transformers itself can compute, else "source"."""
+    from llmc import json_file
+    from llmc.converters import families, hf, paddle
+
+    if not (path / hf.CONFIG).is_file() or not hf.has_weights(path) or paddle.is_folder(path):
+        return "source"
+    met = json_file.read(path / hf.CONFIG).get("architectures") or []
+    of_others = {
+        name for family in families.load_all().values() if family.native != "" for name in family.architectures
+    }
+    return "source" if of_others.intersection(map(str, met)) else "hf"
 
 
 def identity(name: str) -> Parent:
@@ -55,7 +70,9 @@ def identity(name: str) -> Parent:
         return Parent(kind=kind, sha256="", name=name)
     if (Path(name) / manifests.NAME).is_file():
         return manifests.parent(Path(name))
-    return Parent(kind=kind, sha256=manifests.sha256_of(folder / "config.json"), name=folder.resolve().name)
+    config = folder / "config.json"
+    said = folder if folder.is_file() else config if config.is_file() else sorted(folder.glob("*.gguf"))[0]
+    return Parent(kind=kind, sha256=manifests.sha256_of(said), name=folder.resolve().name)
 
 
 def _engine_length(folder: Path) -> int:
@@ -88,6 +105,18 @@ def _open_checkpoint(name: str, folder: Path, context: int | None) -> Any:
     return open_checkpoint(folder, context=context, name=name, tokenizer=_tokenizer(folder))
 
 
+def _open_source(name: str, path: Path, context: int | None) -> Any:
+    """What `llmc convert` makes of it, which is gone again once it is in memory."""
+    from dataclasses import replace
+    from tempfile import TemporaryDirectory
+
+    from llmc.converters.convert import convert
+
+    with TemporaryDirectory(prefix="llmc-verify-") as work:
+        convert(path, Path(work) / "checkpoint")
+        return replace(_open_checkpoint(name, Path(work) / "checkpoint", context), kind="source")
+
+
 def _open_engine(name: str, folder: Path, _context: int | None) -> Any:
     from llmc.evaluate.parity import Reading, Side, read_with
     from llmc.serve.runners import open_runner
@@ -118,6 +147,7 @@ def _states_of(folder: Path) -> Callable[[Any], Any]:
 _OPEN: dict[str, Callable[[str, Path, int | None], Any]] = {
     "server": _open_server,
     "hf": _open_hugging_face,
+    "source": _open_source,
     "checkpoint": _open_checkpoint,
     "engine": _open_engine,
 }

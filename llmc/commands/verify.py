@@ -29,8 +29,9 @@ def command(
 ) -> None:
     """Whether A and B compute the same: the exit status is 0 if so, 3 if not.
 
-    Each is a Hugging Face folder, a checkpoint, an engine, or the http:// address of a running server. Both read the
-    same text, by default difficult samples and random tokens.
+    Each is a Hugging Face folder, a checkpoint, an engine, the http:// address of a running server, or whatever else
+    llmc convert reads: a GGUF file, a PaddleNLP folder, a model as its authors publish it. Both read the same text, by
+    default difficult samples and random tokens.
     """
     from llmc import text as texts
     from llmc import verified

@@ -70,7 +70,7 @@ class Side:
 
     Attributes:
         name: As the user gave it.
-        kind: "hf", "checkpoint", "engine" or "server".
+        kind: "hf", "source" (computed by the reference decoder), "checkpoint", "engine" or "server".
         close: Gives its memory back.
         vocab_size: Width of its logits; None where it does not say.
         max_length: Tokens that it can read; None where there is no limit.

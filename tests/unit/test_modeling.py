@@ -93,6 +93,23 @@ def test_other_types_and_a_loss(load: Callable[..., Any]) -> None:
     assert torch.equal(model(padded, attention_mask=mask).logits[:, :20], model(padded).logits[:, :20])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+def test_an_adapter_trained_on_it_is_merged(
+    load: Callable[..., Any], exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import peft
+
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q", "v", "down"], init_lora_weights=False)
+    model = peft.get_peft_model(load("baichuan2-13b"), settings)
+    model.save_pretrained(tmp_path / "adapter")
+    found = convert(tmp_path / "adapter", tmp_path / "merged", base=exported("baichuan2-13b"))
+    expected = model.merge_and_unload().state_dict()
+    assert len(found.infos) == len(expected)
+    for name in found:
+        torch.testing.assert_close(torch.from_numpy(found[name]), expected[own.PREFIX + name], atol=1e-6, rtol=0)
+
+
 def test_padding_on_the_left_is_refused(load: Callable[..., Any]) -> None:
     model, tokens = load("baichuan2-13b"), ids(6, rows=2)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])

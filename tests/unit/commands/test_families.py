@@ -31,6 +31,16 @@ def test_the_table_has_a_row_for_every_file() -> None:
             assert architecture in row
 
 
+def test_the_document_has_the_same_table() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/families.md").read_text(encoding="utf-8")
+    for family in overview():
+        cells = [family.architectures, family.hf, (family.paddle,), (family.gguf,)]
+        said = [", ".join(f"`{name}`" for name in cell if name) or "-" for cell in cells]
+        kinds = f"{', '.join(family.positions)} | {family.norm} | {'yes' if family.experts else ''}"
+        assert f"| {family.name} | {kinds} | {' | '.join(said)} |" in text
+        assert f"\n| {family.name} | {sum(case.model_type == family.name for case in tiny.TINY.values())} | " in text
+
+
 def test_json() -> None:
     found = json.loads(CliRunner().invoke(group, ["families", "--json"]).output)
     assert [family["name"] for family in found] == NAMES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ from llmc import checkpoint as checkpoints
 from llmc import cli, manifest, verified
 from llmc.builders import ort
 from llmc.checkpoint import Checkpoint
+from llmc.converters.export import export
 from llmc.quant.quantize import quantize
 from llmc.recipe import QuantRecipe, WeightFormat
 
+Folder = Callable[[str], Path]
 FAMILIES = ["qwen2", "opt-350m", "bloom", "glm4", "mixtral", "qwen2-moe-window", "llama-longrope"]
 WORKS = ["embeddings", "layer 0", "layer 1"]
 
@@ -79,6 +82,58 @@ def test_source_checkpoint_and_engine_agree(
         assert figures["first_layer"] is None
         assert set(WORKS) <= set(figures["layers"])
         assert max(figures["layers"].values()) < 3e-5
+
+
+@pytest.fixture(scope="module")
+def forms(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_source: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path],
+    engine_of: Callable[[str], Path],
+) -> dict[str, Path]:
+    """One model in every form."""
+    root, name = tmp_path_factory.mktemp("verify-forms"), "qwen1"
+    for form in ("hf", "paddle", "gguf"):
+        export(form, tiny_checkpoint(name), root / form)
+    source, checkpoint, engine = tiny_source(name), tiny_checkpoint(name), engine_of(name)
+    named = {"original": source, "checkpoint": checkpoint, "engine": engine, "hf": root / "hf"}
+    return named | {"paddle": root / "paddle", "gguf": root / "gguf/model.gguf", "gguf-folder": root / "gguf"}
+
+
+FORMS = ("original", "hf", "paddle", "gguf", "gguf-folder", "checkpoint", "engine")
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(FORMS, 2)))
+def test_every_form_agrees_with_every_other(one: str, other: str, verify: Any, forms: dict[str, Path]) -> None:
+    assert set(forms) == set(FORMS)
+    status, figures = verify(forms[one], forms[other], "--max-tokens", 200)
+    assert status == 0
+    assert figures["relative_difference"] < 1e-5
+    assert set(WORKS) <= set(figures["layers"])
+    kinds = {"checkpoint": "checkpoint", "engine": "engine", "hf": "hf"}
+    assert [figures[at]["kind"] for at in "ab"] == [kinds.get(form, "source") for form in (one, other)]
+
+
+def test_llmc_s_own_class_in_transformers_agrees_as_well(
+    verify: Any, tiny_source: Folder, tiny_checkpoint: Folder, engine_of: Folder, tmp_path: Path
+) -> None:
+    name = "baichuan2-13b"
+    export("hf", tiny_checkpoint(name), tmp_path / "hf")
+    for other in (tiny_source(name), tiny_checkpoint(name), engine_of(name)):
+        status, figures = verify(tmp_path / "hf", other)
+        assert status == 0
+        assert (figures["a"]["kind"], figures["first_layer"]) == ("hf", None)
+        assert set(WORKS) <= set(figures["layers"])
+
+
+def test_what_a_result_says_of_a_source(verify: Any, forms: dict[str, Path], tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(forms["engine"], tmp_path / "engine"))
+    for form in ("original", "gguf", "gguf-folder", "paddle"):
+        assert verify(forms[form], engine, "--save", "--max-tokens", 100)[0] == 0
+    against = [entry.against for entry in verified.read(engine)]
+    assert {entry.kind for entry in against} == {"source", "export"}
+    assert manifest.sha256_of(forms["original"] / "config.json") in {entry.sha256 for entry in against}
+    assert manifest.sha256_of(forms["gguf"]) in {entry.sha256 for entry in against}
 
 
 @pytest.fixture(scope="module")

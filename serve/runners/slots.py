@@ -46,7 +46,7 @@ class Slot:
         sequence_id: Who uses it, None when it only remembers.
         used: When it was last claimed or freed, in calls.
         salt: Of the sequence that it was last claimed for.
-        steady: How many of its first tokens were computed several at a time, not one by one.
+        steady: How many of its first tokens were computed in whole blocks.
     """
 
     index: int
@@ -74,14 +74,15 @@ class SlotTable:
     Attributes:
         capacity: Tokens that may be resident in all slots together; those of claimed slots are never dropped for it,
             because the scheduler keeps them within the limit.
-        steady_only: Reuse nothing that was computed one by one, since that may be rounded differently.
+        block: If given, only what was computed in chunks of so many tokens is reused, since others may be rounded
+            differently.
     """
 
     storage: Storage
     count: int
     max_length: int
     capacity: int
-    steady_only: bool = False
+    block: int | None = None
     slots: list[Slot] = field(init=False)
     _of_sequence: dict[int, Slot] = field(init=False, default_factory=dict)
     _clock: int = field(init=False, default=0)
@@ -104,6 +105,7 @@ class SlotTable:
             raise EngineError(f"all {self.count} slots of the KV cache are in use")
         best = max(self.slots, key=lambda slot: self._reusable(slot, tokens, salt))
         reused = min(self._reusable(best, tokens, salt), len(tokens) - 1)
+        reused -= reused % (self.block or 1)
         if best.sequence_id is None and 2 * reused >= best.length > 0:
             slot = best
         else:
@@ -123,7 +125,7 @@ class SlotTable:
 
     def _reusable(self, slot: Slot, tokens: Tokens, salt: str) -> int:
         shared = slot.shared(tokens, salt)
-        return min(shared, slot.steady) if self.steady_only else shared
+        return shared if self.block is None else min(shared, slot.steady)
 
     def extend(self, sequence_id: int, start: int, tokens: Tokens) -> None:
         """Note that the tokens from `start` on are about to be computed."""
@@ -134,7 +136,7 @@ class SlotTable:
                 f"within {self.max_length}"
             )
         slot.tokens[start:end] = tokens
-        slot.steady = end if len(tokens) > 1 and start <= slot.steady else min(slot.steady, start)
+        slot.steady = end if start == slot.steady and len(tokens) == self.block else min(slot.steady, start)
         slot.length = end
         slot.resident = max(slot.resident, end)
 

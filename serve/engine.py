@@ -92,20 +92,13 @@ class Engine:
             max_sequences=self.limits.max_sequences,
             max_length=self.limits.max_length,
             cache_tokens=self.limits.cache_tokens,
-            max_step_tokens=max_step_tokens
-            if max_step_tokens is not None
-            else max(MAX_STEP_TOKENS, self.limits.max_sequences + (block or 0)),
+            max_step_tokens=max_step_tokens or max(MAX_STEP_TOKENS, self.limits.max_sequences + (block or 0)),
             max_queue=max_queue,
             max_queued_tokens=max_queued_tokens,
             block=block,
         )
-        if deterministic and speculation is not None:
-            raise UserError(
-                "drafts are computed several tokens at a time, or not, as the load allows: --speculate and "
-                "--deterministic exclude each other"
-            )
         if deterministic:
-            invariance.check(runner)
+            invariance.check(runner, drafting=speculation is not None)
         self._runner = runner
         self._speculation = speculation
         self._scheduler: Scheduler[Choice] = Scheduler(self.budget, self)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmc.errors import EngineError
+from llmc.errors import EngineError, UserError
 from llmc.runtime import Chunk, Logits, Runner, Tokens
 
 BLOCK = 32
@@ -27,15 +27,22 @@ DECODED = 2
 SALT = "\0invariance"
 
 
-def check(runner: Runner) -> None:
+def check(runner: Runner, *, drafting: bool = False) -> None:
     """Compute some sequences alone, then together with one other, with most, and with as many as there may be.
 
     Args:
         runner: With nothing claimed.
+        drafting: Tokens are going to be drafted.
 
     Raises:
+        UserError: Drafts are computed several tokens at a time, or not, as the load allows.
         EngineError: A sequence's logits depend on the others.
     """
+    if drafting:
+        raise UserError(
+            "drafts are computed several tokens at a time, or not, as the load allows: --speculate and --deterministic "
+            "exclude each other"
+        )
     limits = runner.limits
     length = min(LENGTH, limits.max_length - DECODED)
     count = min(limits.max_sequences, limits.cache_tokens // (length + DECODED))

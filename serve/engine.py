@@ -73,7 +73,8 @@ class Engine:
             max_step_tokens: Tokens computed in one step, over all sequences.
             max_queue: Sequences in the queue before requests are refused.
             max_queued_tokens: Tokens of all of these before requests are refused.
-            deterministic: The same tokens whatever else runs; see llmc/serve/invariance.py.
+            deterministic: The same tokens whatever else runs; the runner must have been opened for it, too. See
+                llmc/serve/invariance.py.
             speculation: Drafts tokens; taken over like the runner.
 
         Raises:
@@ -86,24 +87,18 @@ class Engine:
         self.vocabulary = Vocabulary(tokenizer)
         self.grammars = Grammars(tokenizer, runner.limits.vocab_size)
         self.stats = Stats()
+        block = invariance.BLOCK if deterministic else None
         self.budget = Budget(
             max_sequences=self.limits.max_sequences,
             max_length=self.limits.max_length,
             cache_tokens=self.limits.cache_tokens,
-            max_step_tokens=max_step_tokens
-            if max_step_tokens is not None
-            else max(MAX_STEP_TOKENS, self.limits.max_sequences + 2),
+            max_step_tokens=max_step_tokens or max(MAX_STEP_TOKENS, self.limits.max_sequences + (block or 0)),
             max_queue=max_queue,
             max_queued_tokens=max_queued_tokens,
-            deterministic=deterministic,
+            block=block,
         )
-        if deterministic and speculation is not None:
-            raise UserError(
-                "drafts are computed several tokens at a time, or not, as the load allows: --speculate and "
-                "--deterministic exclude each other"
-            )
         if deterministic:
-            invariance.check(runner)
+            invariance.check(runner, drafting=speculation is not None)
         self._runner = runner
         self._speculation = speculation
         self._scheduler: Scheduler[Choice] = Scheduler(self.budget, self)
@@ -129,13 +124,9 @@ class Engine:
         if choice.request.prompt_logprobs:
             # What is reused has no logits: a claim of one token reuses none.
             wanted = wanted[:1]
-        if self.budget.deterministic:
+        if self.budget.block is not None:
             wanted = wanted[: choice.num_prompt]
         found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_salt)
-        if self.budget.deterministic and found == choice.num_prompt - 1 > 0:
-            # One token would be left of the prompt.
-            found -= 1
-            self._runner.truncate(choice.id, found)
         if not choice.begun:
             choice.begun = True
             choice.handle.cached_tokens += found

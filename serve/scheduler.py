@@ -74,9 +74,9 @@ class Budget:
         max_queue: Sequences in the queue, when the batch is full.
         max_queued_tokens: Tokens of all sequences in the queue, None for any number. An empty queue takes whatever
             fits the model.
-        deterministic: How a sequence is computed does not depend on the others: its prompt several tokens at a time,
-            never one, and what follows one by one, also when it is computed again. A runtime may round differently
-            for one token than for several (llmc/serve/invariance.py).
+        block: If given, how a sequence is computed does not depend on the others: its prompt in chunks that end at
+            multiples of `block`, and what follows one by one, also when it is computed again. A runtime may round
+            differently for chunks of other lengths (llmc/serve/invariance.py).
     """
 
     max_sequences: int
@@ -85,7 +85,7 @@ class Budget:
     max_step_tokens: int
     max_queue: int
     max_queued_tokens: int | None = None
-    deterministic: bool = False
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_sequences:
@@ -103,8 +103,8 @@ class Budget:
 
     @property
     def least(self) -> int:
-        """Tokens of a step that let a prompt go on: of three, neither one may be computed alone nor one be left."""
-        return 3 if self.deterministic else 1
+        """Tokens of a step that let any prompt go on."""
+        return self.block or 1
 
     @property
     def longest(self) -> int:
@@ -222,17 +222,14 @@ class Scheduler(Generic[S]):
     def _one_by_one(self, sequence: S) -> bool:
         """It is decoding; a deterministic one does so again after it gave up its place."""
         missing = len(sequence.tokens) - sequence.computed
-        return missing == 1 or (self.budget.deterministic and not sequence.prefilling)
+        return missing == 1 or (self.budget.block is not None and not sequence.prefilling)
 
     def _next_work(self, sequence: S, most: int) -> Work[S]:
         missing = len(sequence.tokens) - sequence.computed
         uncut = sequence.uncut - sequence.computed
         count = min(missing, max(most, uncut))
-        if self.budget.deterministic and sequence.prefilling:
-            prompt = sequence.num_prompt - sequence.computed
-            # Of a prompt that is not finished at least two tokens stay.
-            lonely = prompt - count == 1
-            count = min(prompt, count - lonely if count - lonely >= uncut else count + 1)
+        if (block := self.budget.block) is not None and sequence.prefilling:
+            count = min(sequence.num_prompt - sequence.computed, max(uncut, block - sequence.computed % block))
         if sequence.request.prompt_logprobs and sequence.prefilling:
             return Work(sequence, sequence.computed, count, count)
         return Work(sequence, sequence.computed, count, int(count == missing))

@@ -31,7 +31,7 @@ def open_runner(
         cache_tokens: Tokens of the KV cache, for all sequences together; by default what fits in half of the memory
             that is free now.
         cache_gib: The same as memory, in GiB, instead of `cache_tokens`.
-        deterministic: Reuse from the cache only what was computed in the same way; see llmc/serve/invariance.py.
+        deterministic: Reuse from the cache only what was computed in whole blocks; see llmc/serve/invariance.py.
 
     Raises:
         UserError: `cache_gib` is too little for one sequence of the greatest length.

@@ -25,6 +25,7 @@ from llmc.engine import Engine
 from llmc.errors import EngineError
 from llmc.need import need
 from llmc.runtime import Chunk, Limits, Logits
+from llmc.serve import invariance
 from llmc.serve.runners.slots import SlotTable
 
 Array = npt.NDArray[Any]
@@ -101,13 +102,9 @@ class OrtRunner:
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
+        block = invariance.BLOCK if deterministic else None
         self._table = SlotTable(
-            self._cache,
-            limits.max_sequences,
-            limits.max_length,
-            limits.cache_tokens,
-            engine.spec.prefix,
-            steady_only=deterministic,
+            self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix, block
         )
         self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
         self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)

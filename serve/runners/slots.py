@@ -53,7 +53,7 @@ class Slot:
         used: When it was last claimed or freed, in calls.
         salt: Of the sequence that it was last claimed for.
         span: The prefix that its first chunk had.
-        steady: How many of its first tokens were computed several at a time, not one by one.
+        steady: How many of its first tokens were computed in whole blocks.
     """
 
     index: int
@@ -88,7 +88,8 @@ class SlotTable:
         capacity: Tokens that may be resident in all slots together; those of claimed slots are never dropped for it,
             because the scheduler keeps them within the limit.
         prefix: The model's, None where it has none.
-        steady_only: Reuse nothing that was computed one by one, since that may be rounded differently.
+        block: If given, only what was computed in chunks of so many tokens is reused, since others may be rounded
+            differently.
     """
 
     storage: Storage
@@ -96,7 +97,7 @@ class SlotTable:
     max_length: int
     capacity: int
     prefix: Prefix | None = None
-    steady_only: bool = False
+    block: int | None = None
     slots: list[Slot] = field(init=False)
     _of_sequence: dict[int, Slot] = field(init=False, default_factory=dict)
     _clock: int = field(init=False, default=0)
@@ -120,6 +121,7 @@ class SlotTable:
         span = prefixes.find(self.prefix, tokens)
         best = max(self.slots, key=lambda slot: self._reusable(slot, tokens, salt, span))
         reused = min(self._reusable(best, tokens, salt, span), len(tokens) - 1)
+        reused -= reused % (self.block or 1)
         if best.sequence_id is None and 2 * reused >= best.length > 0:
             slot = best
         else:
@@ -139,7 +141,7 @@ class SlotTable:
 
     def _reusable(self, slot: Slot, tokens: Tokens, salt: str, span: Span) -> int:
         shared = slot.shared(tokens, salt, span)
-        return min(shared, slot.steady) if self.steady_only else shared
+        return shared if self.block is None else min(shared, slot.steady)
 
     def extend(self, sequence_id: int, start: int, tokens: Tokens) -> None:
         """Note that the tokens from `start` on are about to be computed."""
@@ -153,7 +155,7 @@ class SlotTable:
             # The claim may have named fewer tokens.
             slot.span = prefixes.find(self.prefix, tokens)
         slot.tokens[start:end] = tokens
-        slot.steady = end if len(tokens) > 1 and start <= slot.steady else min(slot.steady, start)
+        slot.steady = end if start == slot.steady and len(tokens) == self.block else min(slot.steady, start)
         slot.length = end
         slot.resident = max(slot.resident, end)
 

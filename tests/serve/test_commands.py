@@ -92,8 +92,12 @@ def test_a_mistake_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_serve_announces_answers_and_drains(engine: Path) -> None:
-    command = [sys.executable, "-m", "llmc.cli", "serve", str(engine), "--port", "0", "--threads", "1"]
+@pytest.mark.parametrize(
+    "options",
+    [["--deterministic"], ["--speculate", "ngram:4", "--kv-cache-gib", "0.01", "--max-step-tokens", "32"]],
+)
+def test_serve_announces_answers_and_drains(engine: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "llmc.cli", "serve", str(engine), "--port", "0", "--threads", "1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -101,6 +105,7 @@ def test_serve_announces_answers_and_drains(engine: Path) -> None:
         announced = re.search(r"Serving 'tiny-engine' at (http://127\.0\.0\.1:\d+)", lines[0])
         assert announced
         assert "96 tokens at most" in lines[1]
+        assert re.search(r"tokens in the cache \(0\.\d\d GiB\)", lines[1])
         body = json.loads(lines[4].partition("-d '")[2].strip().removesuffix("'"))
         url = re.search(r"curl (\S+)", lines[3])
         assert url
@@ -113,6 +118,23 @@ def test_serve_announces_answers_and_drains(engine: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kv-cache-gib", "0.00001"], "give it at least"),
+        (["--speculate", "guess"], "--speculate guess: say ngram"),
+        (["--speculate", "ngram", "--deterministic"], "exclude each other"),
+        (["--max-step-tokens", "16", "--deterministic"], "max_step_tokens (16) must be at least 47"),
+    ],
+)
+def test_serve_with_options_that_cannot_be_kept_is_one_line(engine: Path, options: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "llmc.cli", "serve", str(engine), "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
 
 
 def test_serve_without_a_whole_engine_is_one_line(engine: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from llmc.serve.request import Request, Sampling
 from llmc.serve.runners import open_runner
 from llmc.tokenizer import Tokenizer
 
+BLOCK = 4
 SYSTEM = tuple(tiny.tokens(11, seed=5))
 PROMPTS = [(*SYSTEM[: 11 * (seed % 2)], *tiny.tokens(1 + 3 * seed, seed=seed)) for seed in range(6)]
 SAMPLED = Sampling(temperature=1.2, seed=11, presence_penalty=0.3, ignore_eos=True)
@@ -33,17 +34,18 @@ CONTROL = Request(PROMPTS[3], SAMPLED, max_tokens=18, n=2, logprobs=1)
 
 @pytest.fixture(autouse=True, scope="module")
 def no_idling() -> Iterator[None]:
-    """A turn with nothing to do does not wait for something."""
+    """A turn with nothing to do does not wait for something; and blocks are small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmc.serve.engine.IDLE_SECONDS", 0.0)
+        patch.setattr("llmc.serve.invariance.BLOCK", BLOCK)
         yield
 
 
 class RoundingRunner(fake.FakeRunner):
-    """Its logits depend on which tokens were computed one by one, as those of real kernels do in their last bits.
+    """Its logits depend on the pieces that the tokens were computed in, as those of real kernels do in their last bits.
 
     Args:
-        deterministic: Reuse only what was computed several at a time.
+        deterministic: Reuse only whole blocks.
         crowded: They depend on how many sequences are in the step, too.
     """
 
@@ -60,8 +62,10 @@ class RoundingRunner(fake.FakeRunner):
         self.modes[sequence_id] = []
         live = [(cache.salt, list(cache), self.modes[each]) for each, cache in self.caches.items()]
         for owner, known, modes in self.past + live:
-            steady = modes.index(1) if self.deterministic and 1 in modes else len(modes)
-            shared = min(fake._shared(wanted, known), steady, len(wanted) - 1)
+            shared = min(fake._shared(wanted, known), len(wanted) - 1)
+            if self.deterministic:
+                whole = next((at for at, size in enumerate(modes) if size != BLOCK), len(modes))
+                shared = min(shared, whole) // BLOCK * BLOCK
             if owner == salt and shared > best:
                 best, self.modes[sequence_id] = shared, modes[:shared]
         self.caches[sequence_id][:] = wanted[:best]
@@ -72,7 +76,7 @@ class RoundingRunner(fake.FakeRunner):
         return super().step(chunks)
 
     def _compute(self, chunk: Chunk) -> Logits:
-        self.modes[chunk.sequence_id] += [int(len(chunk.tokens) == 1)] * len(chunk.tokens)
+        self.modes[chunk.sequence_id] += [len(chunk.tokens)] * len(chunk.tokens)
         rows = super()._compute(chunk)
         for place in range(len(rows)):
             modes = self.modes[chunk.sequence_id]
@@ -180,8 +184,8 @@ def test_an_engine_that_cannot_is_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_a_step_must_have_room_for_a_chunk(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="must be at least 6"):
-        Engine(fake.FakeRunner(max_sequences=4), tokenizer, max_step_tokens=5, deterministic=True)
+    with pytest.raises(UserError, match="must be at least 7"):
+        Engine(fake.FakeRunner(max_sequences=4), tokenizer, max_step_tokens=6, deterministic=True)
 
 
 @pytest.fixture(scope="module", params=["qwen2.5-tied", "llama-bias"])

@@ -38,7 +38,7 @@ class Cache:
     def __init__(self) -> None:
         self.held: dict[int, list[int]] = {}
         self.reuse = 0
-        self.deterministic = False
+        self.block: int | None = None
         self.refuse = False
 
     def claim(self, sequence: Sequence) -> int:
@@ -46,9 +46,9 @@ class Cache:
             raise OverloadedError("refused")
         assert sequence.id not in self.held
         most = len(sequence.tokens) - 1
-        if self.deterministic:
-            # As the engine's claim has it: at least two tokens of a prompt are left.
-            most = max(0, sequence.num_prompt - 2)
+        if self.block is not None:
+            # A runner that was opened for it reuses whole blocks of prompts.
+            most = min(most, sequence.num_prompt - 1, self.reuse) // self.block * self.block
         found = min(self.reuse, most)
         self.held[sequence.id] = sequence.tokens[:found]
         return found
@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         extra=st.integers(0, 12),
         max_queue=st.integers(1, 8),
         max_queued_tokens=st.none() | st.integers(1, 40),
-        deterministic=st.booleans(),
+        block=st.none() | st.integers(1, 5),
     )
     def build(
         self,
@@ -93,12 +93,12 @@ class Machine(RuleBasedStateMachine):
         extra: int,
         max_queue: int,
         max_queued_tokens: int | None,
-        deterministic: bool,
+        block: int | None,
     ) -> None:
-        step = max_sequences + extra + 2 * deterministic
-        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_queue, max_queued_tokens, deterministic)
+        step = max_sequences + extra + (block or 0)
+        self.budget = Budget(max_sequences, max_length, cache_tokens, step, max_queue, max_queued_tokens, block)
         self.cache = Cache()
-        self.cache.deterministic = deterministic
+        self.cache.block = block
         self.scheduler: Scheduler[Sequence] = Scheduler(self.budget, self.cache)
         self.everyone: list[Sequence] = []
         self.began: list[int] = []
@@ -174,11 +174,12 @@ class Machine(RuleBasedStateMachine):
             assert long.start + long.length == long.sequence.uncut
         assert all(item.start + item.length >= item.sequence.uncut for item in work), "a prompt was cut"
         assert all(item.length >= 1 for item in work)
-        if self.budget.deterministic:
+        if self.budget.block is not None:
             for item in work:
-                rest = item.sequence.num_prompt - item.start
-                alone = rest <= 0 or item.sequence.num_prompt == 1
-                assert item.length == 1 if alone else 2 <= item.length <= rest != item.length + 1
+                rest, end = item.sequence.num_prompt - item.start, item.start + item.length
+                whole = item.length == self.budget.block and end % self.budget.block == 0
+                uncut = item.start < item.sequence.uncut == end
+                assert item.length == 1 if rest <= 0 else whole or uncut or item.length == rest < self.budget.block
         assert bool(work) == any(each.state is not State.FINISHED for each in self.everyone)
         for each in decoding:
             assert each in planned or each.state is State.WAITING, "a decoding sequence got no token"

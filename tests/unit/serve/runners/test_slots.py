@@ -177,3 +177,20 @@ def test_what_stands_behind_a_prefix_is_used_again() -> None:
     assert table.claim(2, np.array([0, 0, 1, 2, 0, 1])) == 5
     assert table.claim(3, np.array([0, 0, 1, 2])) == 3
     assert table.claim(4, np.array([0, 0, 2, 0])) == 0
+
+
+def test_a_deterministic_table_reuses_whole_blocks_of_whole_blocks() -> None:
+    memory = Memory()
+    table = SlotTable(memory, SLOTS, LENGTH, CAPACITY, block=4)
+    tokens = np.arange(20)
+    table.claim(1, tokens)
+    # Two blocks, half of one, and the rest one by one.
+    for start, end in [(0, 4), (4, 8), (8, 10), *((at, at + 1) for at in range(10, 14))]:
+        table.extend(1, start, tokens[start:end])
+    memory.cells[table[1].index, :14] = tokens[:14]
+    assert [table.claim(2, tokens), table.claim(3, tokens[:8]), table.claim(4, tokens[:7])] == [8, 4, 4]
+    table.free(2)
+    table.free(3)
+    # Written again from within a block, it counts only to there; what was reused counts as before.
+    table.extend(1, 5, tokens[5:9])
+    assert table.claim(5, tokens[:9]) == 8

@@ -9,7 +9,8 @@ Tokens of all sequences are rows of one matrix [batch * length, hidden]; only at
         x ── norm ── qkv ── GroupQueryAttention (rotary, cache) ── o ─► + ──► x
         x ── norm ─┬─ gate ── activation ─► * ── down ────────────────► + ──► x
                    └─ up ─────────────────►
-    x ── norm ── Gather(rows) ── head ──► logits
+    x ── norm ─┬─ Gather(rows) ── head ──► logits
+               └────────────────────────► hidden
 
 An addition and the norm that follows it are one operator, SkipLayerNormalization or SkipSimplifiedLayerNormalization.
 """
@@ -67,7 +68,8 @@ def draw(
     Inputs: tokens int64 [batch, length]; rows int64 [rows], which of the batch * length tokens want logits;
     seqlens_k int32 [batch], each sequence's length after this step minus one; total_sequence_length int32 [], the
     longest of those lengths; past.N.{key,value} [batch, kv_heads, max_length, head_dim].
-    Outputs: logits float32 [rows, vocab]; present.N.{key,value}, to be bound to the memory of past.N.
+    Outputs: logits float32 [rows, vocab]; hidden float32 [tokens, hidden], what the head reads of every token, which is
+    there anyhow; present.N.{key,value}, to be bound to the memory of past.N.
 
     Args:
         load: A tensor of the checkpoint by its canonical name.
@@ -85,9 +87,13 @@ def draw(
     x = decoder.embed(flat)
     x.name = state_name(0)
     out = decoder.layers(x) if spec.norm.order != "after" else decoder.layers_with_norms_after(x)
-    sampled = graph.call("Gather", [out, rows], "/rows")
     if spec.embedding_size:
-        sampled = lowering.linear(sampled, "embed_out")
+        out = lowering.linear(out, "embed_out")
+    elif spec.norm.order == "after":
+        # A value has one name, and this one is the last layer's state already.
+        out = graph.call("Identity", [out], "/hidden")
+    graph.output(out, "hidden", FLOAT, ["tokens", spec.embedding_size or spec.hidden_size])
+    sampled = graph.call("Gather", [out, rows], "/rows")
     head = "embed" if spec.tied else "head"
     logits = lowering.linear(sampled, head, node="/head")
     if spec.normalised_head:

@@ -26,6 +26,7 @@ from llmc.log import logger
 from llmc.runtime import Chunk, Limits, Logits, Runner
 from llmc.serve.grammar import Grammars
 from llmc.serve.handle import Event, Handle
+from llmc.serve.pooling import Pooler, check_kind
 from llmc.serve.request import Request
 from llmc.serve.sampler import Sampler, TokenLogprobs, logprobs
 from llmc.serve.scheduler import Budget, Scheduler, Work
@@ -47,7 +48,7 @@ IDLE_SECONDS = 60.0
 class Choice(Sequence):
     """A sequence with what it takes to turn its logits into events."""
 
-    __slots__ = ("arrived", "begun", "ends", "handle", "last_token", "position", "reported", "sampler", "text")
+    __slots__ = "arrived begun ends handle last_token pooler position reported sampler text".split()  # noqa: SIM905
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Choice(Sequence):
         self.begun = False
         # Prompt tokens whose log-probabilities were reported; a preempted sequence computes them again.
         self.reported = 0
+        self.pooler = None if request.pooling is None else Pooler(request.pooling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class Engine:
     def claim(self, choice: Choice) -> int:
         """See scheduler.Cache."""
         wanted = choice.tokens
-        if choice.request.prompt_logprobs:
+        if choice.request.every_row:
             # What is reused has no logits: a claim of one token reuses none.
             wanted = wanted[:1]
         found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_salt)
@@ -188,7 +190,7 @@ class Engine:
         with self._lock:
             try:
                 self._refuse_if_closed()
-                limits = [self._check(request) for request in requests]
+                limits = [self.check(request) for request in requests]
                 total = sum(request.n for request in requests)
                 handle = Handle(total, sum(len(request.prompt) for request in requests), self.cancel)
                 choices = self._choices(requests, limits, handle)
@@ -278,8 +280,9 @@ class Engine:
         if self._broken is not None:
             raise EngineError(f"the engine has stopped: {self._broken}")
 
-    def _check(self, request: Request) -> int:
+    def check(self, request: Request) -> int:
         """The length at which the request's sequences end; raises UserError for what this model cannot do."""
+        check_kind(request, self.limits)
         limit = self._scheduler.limit(len(request.prompt), request.max_tokens)
         sampling, vocab = request.sampling, self.limits.vocab_size
         named: dict[str, Iterable[int]] = {
@@ -408,6 +411,9 @@ class Engine:
         """Sample the next token of one sequence, and say what is new of it."""
         choice = item.sequence
         request = choice.request
+        if choice.pooler is not None:
+            vector = choice.pooler.add(logits, item.start, last=choice.computed == len(choice.tokens))
+            return Event(choice.position, "", 0, None if vector is None else "stop", vector=vector)
         prompt = _prompt_logprobs(item, logits) if request.prompt_logprobs else ()
         if choice.computed < len(choice.tokens):
             return Event(choice.position, "", 0, None, None, prompt)
@@ -463,7 +469,8 @@ class Engine:
 
 def _chunk(item: Work[Choice]) -> Chunk:
     choice, end = item.sequence, item.start + item.length
-    return Chunk(choice.id, item.start, np.array(choice.tokens[item.start : end], np.int64), item.logits)
+    states = choice.request.pooling in ("mean", "last")
+    return Chunk(choice.id, item.start, np.array(choice.tokens[item.start : end], np.int64), item.logits, states)
 
 
 def _prompt_logprobs(item: Work[Choice], logits: Logits) -> tuple[TokenLogprobs, ...]:

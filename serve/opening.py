@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from llmc.config import Strict
 from llmc.errors import UserError
@@ -28,6 +29,7 @@ class Settings(Strict):
     max_body: int = 4
     allow_origin: tuple[str, ...] = ()
     strict: bool = False
+    pooling: Literal["mean", "last"] = "last"
 
 
 def api_keys(settings: Settings) -> tuple[str, ...]:
@@ -75,6 +77,7 @@ def open_service(folder: Path, settings: Settings) -> Service:
         allow_origins=settings.allow_origin,
         max_body=settings.max_body << 20,
         strict=settings.strict,
+        pooling=settings.pooling,
     )
 
 

@@ -231,6 +231,6 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 def _next_work(sequence: S, most: int) -> Work[S]:
     missing = len(sequence.tokens) - sequence.computed
     count = min(missing, most)
-    if sequence.request.prompt_logprobs and sequence.prefilling:
+    if sequence.request.every_row and sequence.prefilling:
         return Work(sequence, sequence.computed, count, count)
     return Work(sequence, sequence.computed, count, int(count == missing))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from llmc.errors import NotFoundError, UserError
 from llmc.serve.engine import Engine
@@ -27,6 +28,7 @@ class Service:
         allow_origins: Origins of web pages whose scripts may ask this server; none by default.
         max_body: Bytes of a request's body.
         keep_alive: Seconds of silence in a stream after which a comment is sent.
+        pooling: What of the states of a text's tokens is its embedding.
         strict: Refuse a body with unknown fields; else they are ignored, and named in a header of the answer.
         answers: HTTP answers so far by (route, status), for /metrics.
     """
@@ -39,6 +41,7 @@ class Service:
     max_body: int = 4 << 20
     keep_alive: float = 15.0
     strict: bool = False
+    pooling: Literal["mean", "last"] = "last"
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     @property

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--max-body", default=4, show_default=True, type=click.IntRange(1), help="MiB of a request's body.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Let scripts of these web pages in (CORS).")
 @click.option("--strict", is_flag=True, help="Refuse unknown fields; else ignored, with a Warning header.")
+@click.option("--pooling", type=click.Choice(["mean", "last"]), default="last", show_default=True, help="Embeddings.")
 @click.option("--drain-seconds", default=60, show_default=True, type=click.IntRange(0), help="After SIGTERM.")
 def command(engine: Path, host: str, port: int, drain_seconds: int, **options: Any) -> None:
     """Serve the engine in the folder ENGINE: OpenAI's API, /health, /ready, /metrics, and PaddleNLP's /api/chat."""

@@ -36,7 +36,14 @@ class ReferenceRunner:
         context: int | None = None,
     ) -> None:
         length = max_length or decoder.spec.max_positions
-        self._limits = Limits(max_sequences, length, cache_tokens or max_sequences * length, decoder.spec.vocab_size)
+        spec = decoder.spec
+        self._limits = Limits(
+            max_sequences=max_sequences,
+            max_length=length,
+            cache_tokens=cache_tokens or max_sequences * length,
+            vocab_size=spec.vocab_size,
+            state_size=spec.embedding_size or spec.hidden_size,
+        )
         self._decoder = decoder
         self._context = context or length
         self._caches: dict[int, KVCache] = {}
@@ -74,8 +81,9 @@ class ReferenceRunner:
         if chunk.start + len(chunk.tokens) > self._limits.max_length:
             raise EngineError(f"sequence {chunk.sequence_id} is longer than {self._limits.max_length} tokens")
         hidden = self._decoder.hidden(torch.from_numpy(chunk.tokens)[None], cache=cache, context=self._context)[0]
-        logits: Logits = self._decoder.logits(hidden[len(hidden) - chunk.logits :]).numpy()
-        return logits
+        wanted = hidden[len(hidden) - chunk.logits :]
+        found: Logits = (wanted if chunk.states else self._decoder.logits(wanted)).numpy()
+        return found
 
     def free(self, sequence_id: int) -> None:
         """See Runner."""

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 import llmc
 from llmc.serve.routes.bodies import ChatBody, CompletionBody
+from llmc.serve.routes.embeddings import EmbeddingBody
 from llmc.serve.routes.paddle import PaddleBody
 from llmc.serve.routes.responses import ResponsesBody
 from llmc.serve.routes.tokens import DetokenizeBody, TokenizeBody
@@ -20,6 +21,7 @@ POSTS: dict[str, tuple[str, type[BaseModel]]] = {
     "/v1/chat/completions": ("Answer a conversation.", ChatBody),
     "/v1/completions": ("Continue a text.", CompletionBody),
     "/v1/responses": ("Answer a conversation, in the newer form.", ResponsesBody),
+    "/v1/embeddings": ("Texts as vectors.", EmbeddingBody),
     "/tokenize": ("Text to tokens.", TokenizeBody),
     "/detokenize": ("Tokens to text.", DetokenizeBody),
     "/api/chat": ("The chat of PaddleNLP's Flask server.", PaddleBody),

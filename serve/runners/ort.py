@@ -30,6 +30,7 @@ from llmc.serve.runners.slots import SlotTable
 Array = npt.NDArray[Any]
 
 MODEL = "model.onnx"
+LOGITS, HIDDEN = "logits", "hidden"
 DEFAULT_SEQUENCES = 16
 CACHE_SHARE = 0.5  # of the memory that is free when the engine is opened
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python from 3.13 on
@@ -117,11 +118,11 @@ class OrtRunner:
         self._table.trim()
         results: dict[int, Logits] = {}
         try:
-            singles = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+            singles = [chunk for chunk in chunks if len(chunk.tokens) == 1 and not chunk.states]
             if singles:
                 self._decode(singles, results)
             for chunk in chunks:
-                if len(chunk.tokens) > 1:
+                if chunk.sequence_id not in results:
                     results[chunk.sequence_id] = self._prefill(chunk)
         except Exception as error:
             for chunk in chunks:
@@ -149,31 +150,35 @@ class OrtRunner:
     def _prefill(self, chunk: Chunk) -> Logits:
         """Several tokens of one sequence."""
         count = len(chunk.tokens)
-        binding, _ = self._slot_binding(self._table[chunk.sequence_id].index, 1)
-        end = chunk.start + count
-        logits = np.empty((chunk.logits, self._limits.vocab_size), np.float32)
+        slot, end = self._table[chunk.sequence_id].index, chunk.start + count
+        # What was bound once stays bound: an output that is rarely wanted has a binding of its own.
+        binding, _ = self._bind_slots(slot, 1) if chunk.states else self._slot_binding(slot, 1)
+        rows = 0 if chunk.states else chunk.logits
+        shape = (count, self._limits.state_size) if chunk.states else (rows, self._limits.width)
+        found = np.empty(shape, np.float32)
         keep = self._bind(
             binding,
             {
                 "tokens": np.asarray(chunk.tokens, np.int64)[None],
-                "rows": np.arange(count - chunk.logits, count),
+                "rows": np.arange(count - rows, count),
                 "seqlens_k": np.array([end - 1], np.int32),
                 "total_sequence_length": np.array(end, np.int32),
             },
-            logits,
+            {HIDDEN if chunk.states else LOGITS: found},
         )
         self._session.run_with_iobinding(binding)
         del keep
-        return logits
+        return found[len(found) - chunk.logits :]
 
-    def _bind(self, binding: Any, inputs: dict[str, Array], logits: Logits) -> list[Any]:
-        """Bind inputs and logits; the result must live as long as the binding is run with them."""
+    def _bind(self, binding: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> list[Any]:
+        """Bind inputs and outputs; the result must live as long as the binding is run with them."""
         keep = []
         for name, values in inputs.items():
             keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
             binding.bind_ortvalue_input(name, keep[-1])
-        keep.append(self._ort.OrtValue.ortvalue_from_numpy(logits))
-        binding.bind_ortvalue_output("logits", keep[-1])
+        for name, values in outputs.items():
+            keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
+            binding.bind_ortvalue_output(name, keep[-1])
         return keep
 
     def _bind_slots(self, first: int, count: int) -> tuple[Any, list[Any]]:
@@ -189,14 +194,14 @@ class OrtRunner:
     def _bind_decode_batch(self, count: int) -> _DecodeBatch:
         binding, keep = self._bind_slots(0, count)
         tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
-        total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.vocab_size), np.float32)
+        total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.width), np.float32)
         inputs: dict[str, Array] = {
             "tokens": tokens,
             "rows": np.arange(count),
             "seqlens_k": seqlens,
             "total_sequence_length": total,
         }
-        keep += self._bind(binding, inputs, logits)
+        keep += self._bind(binding, inputs, {LOGITS: logits})
         return _DecodeBatch(binding, tokens, seqlens, total, logits, keep)
 
 
@@ -219,6 +224,8 @@ def open_runner(
         max_length=engine.max_length,
         cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
         vocab_size=engine.spec.vocab_size,
+        # Engines of older versions have no such output.
+        state_size=next((each.shape[1] for each in session.get_outputs() if each.name == HIDDEN), 0),
     )
     return OrtRunner(session, engine, limits)
 

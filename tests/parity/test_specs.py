@@ -96,6 +96,7 @@ def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
     decoder = random_decoder(spec, seed)
     with torch.inference_mode():
         expected = decoder(torch.from_numpy(TOKENS)[None])[0].numpy()
+        states = decoder.hidden(torch.from_numpy(TOKENS)[None])[0].numpy()
     save(decoder, tmp_path / "checkpoint")
     builder.build(tmp_path / "checkpoint", tmp_path / "engine")
     runner = open_runner(tmp_path / "engine", threads=1, max_sequences=1)
@@ -104,7 +105,11 @@ def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
     for begin, end in ((0, 20), (20, 21), (21, 22), (22, 40)):
         (part,) = runner.step([Chunk(1, begin, TOKENS[begin:end], end - begin)])
         found.append(part.copy())
+    runner.free(1)
+    runner.claim(2, TOKENS[:1])
+    (read,) = runner.step([Chunk(2, 0, TOKENS, 30, states=True)])
     runner.close()
+    np.testing.assert_allclose(read, states[10:], rtol=0, atol=1e-4 * max(1, np.abs(states).max()))
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
 
 

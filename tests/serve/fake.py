@@ -21,6 +21,7 @@ from llmc.runtime import Chunk, Limits, Logits, Tokens
 from llmc.tokenizer import Tokenizer
 
 VOCAB = tiny.VOCAB_SIZE
+STATE_SIZE = 24
 
 
 def tokenizer(folder: Path) -> Tokenizer:
@@ -61,6 +62,7 @@ class FakeRunner:
         delay: Seconds that a step takes.
         eos: See `row`.
         remember: How many freed sequences may be reused.
+        num_scores: The model has a scoring head of so many scores, in place of its other.
 
     Attributes:
         fail_steps: Numbers of steps (from 0) that raise EngineError.
@@ -78,8 +80,10 @@ class FakeRunner:
         delay: float = 0.0,
         eos: int | None = None,
         remember: int = 4,
+        num_scores: int = 0,
     ) -> None:
-        self._limits = Limits(max_sequences, max_length, cache_tokens or max_sequences * max_length, vocab_size)
+        held = cache_tokens or max_sequences * max_length
+        self._limits = Limits(max_sequences, max_length, held, vocab_size, STATE_SIZE, num_scores)
         self.delay = delay
         self.eos = eos
         self.fail_steps: set[int] = set()
@@ -146,10 +150,11 @@ class FakeRunner:
         cache.extend(chunk.tokens.tolist())
         assert len(cache) <= self._limits.max_length
         ends = range(len(cache) - chunk.logits + 1, len(cache) + 1)
-        rows = [row(cache[:end], self._limits.vocab_size, eos=self.eos) for end in ends]
+        width = self._limits.state_size if chunk.states else self._limits.width
+        rows = [row(cache[:end], width, eos=None if width < VOCAB else self.eos) for end in ends]
         if self.poison is not None and self.poison in cache:
             rows = [np.full_like(each, np.nan) for each in rows]
-        return np.array(rows, np.float32).reshape(chunk.logits, self._limits.vocab_size)
+        return np.array(rows, np.float32).reshape(chunk.logits, width)
 
     def free(self, sequence_id: int) -> None:
         with _alone(self._inside):

@@ -68,8 +68,8 @@ def draw(
     Inputs: tokens int64 [batch, length]; rows int64 [rows], which of the batch * length tokens want logits;
     seqlens_k int32 [batch], each sequence's length after this step minus one; total_sequence_length int32 [], the
     longest of those lengths; past.N.{key,value} [batch, kv_heads, max_length, head_dim].
-    Outputs: logits float32 [rows, vocab]; hidden float32 [tokens, hidden], what the head reads of every token, which is
-    there anyhow; present.N.{key,value}, to be bound to the memory of past.N.
+    Outputs: logits float32 [rows, vocab (or labels)]; hidden float32 [tokens, hidden], what the head reads of every
+    token, which is there anyhow; present.N.{key,value}, to be bound to the memory of past.N.
 
     Args:
         load: A tensor of the checkpoint by its canonical name.
@@ -94,11 +94,11 @@ def draw(
         out = graph.call("Identity", [out], "/hidden")
     graph.output(out, "hidden", FLOAT, ["tokens", spec.embedding_size or spec.hidden_size])
     sampled = graph.call("Gather", [out, rows], "/rows")
-    head = "embed" if spec.tied else "head"
+    head = "score" if spec.score else "embed" if spec.tied else "head"
     logits = lowering.linear(sampled, head, node="/head")
     if spec.normalised_head:
         logits = graph.call("Mul", [logits, lowering.inverse_lengths(head)], "/head/normalised")
-    graph.output(logits, "logits", FLOAT, ["rows", spec.vocab_size])
+    graph.output(logits, "logits", FLOAT, ["rows", spec.score.labels if spec.score else spec.vocab_size])
     decoder.declare_presents()
     return graph
 

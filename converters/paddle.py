@@ -253,6 +253,7 @@ def _write_config(found: Checkpoint, family: Family) -> dict[str, Any]:
         (spec.moe is not None and spec.moe.shared_size and not spec.attention.qkv_bias, "q, k and v without biases"),
         (spec.moe is not None and spec.moe.dense_layers, "layers without experts among others"),
         (spec.attention.window is not None, "sliding windows"),
+        (spec.score is not None, "a scoring head"),
     ):
         if is_there:
             raise UnsupportedModelError(f"llmc does not know how PaddleNLP's {family.name} would say {what}")

@@ -204,6 +204,18 @@ class Moe(Strict):
         return self
 
 
+class Score(Strict):
+    """A head that gives scores in place of logits, as of a reward model or a classifier.
+
+    Attributes:
+        labels: How many scores.
+        pad: A text's scores are those of its last token that is not this one; None: of its last.
+    """
+
+    labels: PositiveInt
+    pad: NonNegativeInt | None = None
+
+
 class ModelSpec(Strict):
     """A decoder.
 
@@ -216,6 +228,7 @@ class ModelSpec(Strict):
         embedding_size: Width of the embedding and of the head, where linears lead from it to the hidden size and back;
             None where it is the hidden size.
         embedding_scale: Embeddings are multiplied by it.
+        score: The scoring head that stands in the head's place, if one does.
     """
 
     family: str
@@ -232,6 +245,13 @@ class ModelSpec(Strict):
     normalised_head: bool = False
     embedding_size: PositiveInt | None = None
     embedding_scale: PositiveFloat = 1.0
+    score: Score | None = None
+
+    @model_validator(mode="after")
+    def _one_head(self) -> ModelSpec:
+        if self.score and (self.tied or self.normalised_head):
+            raise ValueError("'score' stands in the head's place: it does not go with 'tied' and 'normalised_head'")
+        return self
 
     @model_validator(mode="after")
     def _experts_are_gated(self) -> ModelSpec:

@@ -22,6 +22,7 @@ from llmc.serve.routes import (
     paddle,
     page,
     responses,
+    score,
     tokens,
 )
 from llmc.serve.routes.errors import AuthenticationError
@@ -40,7 +41,7 @@ def create_app(service: Service) -> Flask:
     # A redirect would be an HTML page.
     app.url_map.merge_slashes = False
     errors.register(app)
-    for module in (models, completions, chat, responses, embeddings, tokens, paddle, operations, openapi, page):
+    for module in (models, completions, chat, responses, embeddings, score, tokens, paddle, operations, openapi, page):
         module.register(app, service)
 
     @app.before_request

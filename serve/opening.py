@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmc.config import Strict
+from llmc.engine import describe
 from llmc.errors import UserError
 from llmc.serve.engine import MAX_WAITING, Engine
 from llmc.serve.runners import open_runner
@@ -69,6 +70,7 @@ def open_service(folder: Path, settings: Settings) -> Service:
         max_waiting=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
     )
+    score = describe(folder).spec.score
     return Service(
         engine,
         settings.name or folder.resolve().name,
@@ -77,6 +79,7 @@ def open_service(folder: Path, settings: Settings) -> Service:
         allow_origins=settings.allow_origin,
         max_body=settings.max_body << 20,
         strict=settings.strict,
+        pad=score.pad if score else None,
         pooling=settings.pooling,
     )
 

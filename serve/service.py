@@ -28,6 +28,7 @@ class Service:
         allow_origins: Origins of web pages whose scripts may ask this server; none by default.
         max_body: Bytes of a request's body.
         keep_alive: Seconds of silence in a stream after which a comment is sent.
+        pad: Tokens like this at the end of a text are not scored (llmc/spec.py, Score).
         pooling: What of the states of a text's tokens is its embedding.
         strict: Refuse a body with unknown fields; else they are ignored, and named in a header of the answer.
         answers: HTTP answers so far by (route, status), for /metrics.
@@ -41,6 +42,7 @@ class Service:
     max_body: int = 4 << 20
     keep_alive: float = 15.0
     strict: bool = False
+    pad: int | None = None
     pooling: Literal["mean", "last"] = "last"
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
 

@@ -6,15 +6,21 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from llmc.config import explain
 from llmc.converters.reader import Reader
-from llmc.converters.rules import Family
+from llmc.converters.rules import Family, Rule
 from llmc.errors import UnsupportedModelError
-from llmc.spec import ModelSpec
+from llmc.spec import ModelSpec, Score
+
+# Of a class in transformers: what its name ends with when it predicts tokens, and when it has a scoring head instead.
+_HEADS, _SCORED = ("ForCausalLM", "LMHeadModel"), "ForSequenceClassification"
+# Which is called the same in every family.
+_SCORE = Rule("score.weight", "score.weight")
 
 
 @functools.cache
@@ -22,7 +28,7 @@ def load_all() -> dict[str, Family]:
     """Every family by its name."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
     found: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules]
-    return {family.name: family for family in found}
+    return {family.name: replace(family, rules=(*family.rules, _SCORE)) for family in found}
 
 
 def by_name(name: str) -> Family:
@@ -49,13 +55,45 @@ def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSp
         UnsupportedModelError: No family has its architecture, or the family does not support one of its settings.
     """
     met = config.get("architectures") or []
-    known = {architecture: family for family in load_all().values() for architecture in family.architectures}
-    family = next((known[name] for name in met if name in known), None) if isinstance(met, list) else None
-    if family is None:
+    plain = {architecture: family for family in load_all().values() for architecture in family.architectures}
+    known = plain | {_scored(name): family for name, family in plain.items()}
+    name = next((name for name in met if name in known), None) if isinstance(met, list) else None
+    if name is None:
         raise UnsupportedModelError(
-            f"{where}: 'architectures' is {met!r}, which llmc does not support; it supports {', '.join(known)}"
+            f"{where}: 'architectures' is {met!r}, which llmc does not support; it supports {', '.join(plain)}, and "
+            f"what these are with a scoring head ({_SCORED})"
         )
     try:
-        return family, family.read(Reader(config, str(where)))
+        family, spec = known[name], known[name].read(Reader(config, str(where)))
+        return family, _with_score(spec, Reader(config, str(where))) if name not in plain else spec
     except ValidationError as error:
         raise UnsupportedModelError(f"{where}: {explain(error, ModelSpec)[0]}") from None
+
+
+def write_config(family: Family, spec: ModelSpec) -> dict[str, Any]:
+    """A config from which `read_spec` makes this spec; see `Family.write`."""
+    config = family.write(spec)
+    if spec.score is None:
+        return config
+    labels = {str(label): f"LABEL_{label}" for label in range(spec.score.labels)}
+    return config | {
+        "architectures": [_scored(config["architectures"][0])],
+        "id2label": labels,
+        "label2id": {name: int(label) for label, name in labels.items()},
+        "pad_token_id": spec.score.pad,
+    }
+
+
+def _scored(architecture: str) -> str:
+    """The class with a scoring head, of the one that predicts tokens; itself where there is none."""
+    stem = next((architecture.removesuffix(head) for head in _HEADS if architecture.endswith(head)), None)
+    return architecture if stem is None else stem + _SCORED
+
+
+def _with_score(spec: ModelSpec, reader: Reader) -> ModelSpec:
+    """transformers counts the labels by their names, and takes two for granted (configuration_utils.py, num_labels)."""
+    names = reader.section("id2label")
+    labels = reader.integer("num_labels", 2) if names is None else len(names)
+    pad = reader.integer("pad_token_id", -1)
+    score = Score(labels=labels, pad=pad if pad >= 0 else None)
+    return ModelSpec.model_validate(spec.model_dump() | {"tied": False, "score": score})

@@ -43,6 +43,7 @@ class ReferenceRunner:
             cache_tokens=cache_tokens or max_sequences * length,
             vocab_size=spec.vocab_size,
             state_size=spec.embedding_size or spec.hidden_size,
+            num_scores=spec.score.labels if spec.score else 0,
         )
         self._decoder = decoder
         self._context = context or length

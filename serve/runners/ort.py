@@ -224,6 +224,7 @@ def open_runner(
         max_length=engine.max_length,
         cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
         vocab_size=engine.spec.vocab_size,
+        num_scores=engine.spec.score.labels if engine.spec.score else 0,
         # Engines of older versions have no such output.
         state_size=next((each.shape[1] for each in session.get_outputs() if each.name == HIDDEN), 0),
     )

@@ -503,7 +503,17 @@ def test_silence_is_filled_with_comments(make_engine: MakeEngine) -> None:
     assert events(response)
 
 
-ROUTES = ["/v1/models", "/v1/models/toy", *GOOD, "/v1/embeddings", "/metrics", "/openapi.json", "/nothing"]
+ROUTES = [
+    "/v1/models",
+    "/v1/models/toy",
+    *GOOD,
+    "/v1/embeddings",
+    "/v1/score",
+    "/v1/rerank",
+    "/metrics",
+    "/openapi.json",
+    "/nothing",
+]
 
 
 def test_the_key_protects_every_route_but_two(service: Service) -> None:

@@ -62,6 +62,7 @@ def draw(
     max_length: int,
     kv_int8: bool,
     accuracy_level: int,
+    adapters: bool = False,
 ) -> Graph:
     """The whole graph, its weights still unread.
 
@@ -75,12 +76,12 @@ def draw(
         load: A tensor of the checkpoint by its canonical name.
         max_length: Positions in the rotary table.
         kv_int8: The cache holds int8, by the checkpoint's scales.
-        accuracy_level: See `Lowering`.
+        accuracy_level, adapters: See `Lowering`.
     """
     graph = Graph("decoder")
     tokens = graph.input("tokens", INT64, ["batch", "length"])
     rows = graph.input("rows", INT64, ["rows"])
-    lowering = Lowering(graph, spec, recipe, load, accuracy_level)
+    lowering = Lowering(graph, spec, recipe, load, accuracy_level, adapters=adapters)
     decoder = _Decoder(spec, graph, lowering, tokens, max_length, kv_int8)
 
     flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")

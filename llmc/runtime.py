@@ -59,6 +59,7 @@ class Chunk:
         tokens: int64 [count], count >= 1.
         logits: How many of the last tokens want their logits: 0 in the midst of a prompt, 1 to sample, more for
             scoring and for checking speculated tokens.
+        adapter: Name of the low-rank adapter that the sequence is computed with; the same in all its chunks.
         states: These tokens want what the head reads in place of what it gives, and the head is not computed.
     """
 
@@ -67,6 +68,7 @@ class Chunk:
     tokens: Tokens
     logits: int = 1
     states: bool = False
+    adapter: str = ""
 
 
 class Runner(Protocol):

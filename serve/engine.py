@@ -17,7 +17,6 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from llmc.serve.request import Request
 from llmc.serve.sampler import Sampler, TokenLogprobs, logprobs
 from llmc.serve.scheduler import Budget, Scheduler, Work
 from llmc.serve.sequence import Sequence
-from llmc.serve.stats import Stats
+from llmc.serve.stats import Health, Stats
 from llmc.serve.stream import StopStrings, TextStream, Vocabulary
 from llmc.tokenizer import Tokenizer
 
@@ -76,21 +75,6 @@ class Choice(Sequence):
         # Prompt tokens whose log-probabilities were reported; a preempted sequence computes them again.
         self.reported = 0
         self.pooler = None if request.pooling is None else Pooler(request.pooling)
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """How the engine is.
-
-    Attributes:
-        ok: It can be expected to finish what it is given.
-        reason: Why not.
-        draining: It takes nothing new.
-    """
-
-    ok: bool
-    reason: str
-    draining: bool
 
 
 class Engine:
@@ -157,7 +141,7 @@ class Engine:
         if choice.request.every_row:
             # What is reused has no logits: a claim of one token reuses none.
             wanted = wanted[:1]
-        found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_salt)
+        found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_scope)
         if not choice.begun:
             choice.begun = True
             choice.handle.cached_tokens += found
@@ -263,6 +247,12 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
+
+    @property
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Of the running and of the waiting sequences."""
+        with self._lock:
+            return self._scheduler.adapters
 
     @property
     def preemptions(self) -> int:
@@ -469,8 +459,11 @@ class Engine:
 
 def _chunk(item: Work[Choice]) -> Chunk:
     choice, end = item.sequence, item.start + item.length
-    states = choice.request.pooling in ("mean", "last")
-    return Chunk(choice.id, item.start, np.array(choice.tokens[item.start : end], np.int64), item.logits, states)
+    request = choice.request
+    states = request.pooling in ("mean", "last")
+    return Chunk(
+        choice.id, item.start, np.array(choice.tokens[item.start : end], np.int64), item.logits, states, request.adapter
+    )
 
 
 def _prompt_logprobs(item: Work[Choice], logits: Logits) -> tuple[TokenLogprobs, ...]:

@@ -109,6 +109,7 @@ class Request:
         cache_salt: What is in the cache is shared among requests of the same salt alone, so that nobody learns from
             the time to the first token what others have asked.
         grammar: The form that the output is bound to.
+        adapter: Name of the low-rank adapter that it is computed with; nothing in the cache is shared with others.
         pooling: Nothing is generated, and this is wanted of the prompt; `max_tokens` is 0 then.
     """
 
@@ -122,6 +123,12 @@ class Request:
     cache_salt: str = ""
     grammar: Grammar | None = None
     pooling: Pooling | None = None
+    adapter: str = ""
+
+    @property
+    def cache_scope(self) -> str:
+        """What is in the cache is of use to requests of the same."""
+        return f"{self.adapter}\0{self.cache_salt}"
 
     @property
     def every_row(self) -> bool:

@@ -119,6 +119,12 @@ class Scheduler(Generic[S]):
         """Tokens of all sequences in the queue."""
         return sum(len(sequence.tokens) for sequence in self.waiting)
 
+    @property
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Low-rank adapters of the running sequences, and of the waiting."""
+        running, waiting = ({each.request.adapter for each in some} - {""} for some in (self.running, self.waiting))
+        return running, waiting
+
     def limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The length at which a sequence ends.
 

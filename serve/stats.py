@@ -28,6 +28,21 @@ class Histogram:
         self.total += value
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How the engine is.
+
+    Attributes:
+        ok: It can be expected to finish what it is given.
+        reason: Why not.
+        draining: It takes nothing new.
+    """
+
+    ok: bool
+    reason: str
+    draining: bool
+
+
 @dataclass(slots=True)
 class Stats:
     """Since the engine was started. Times are in seconds.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--max-body", default=4, show_default=True, type=click.IntRange(1), help="MiB of a request's body.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Let scripts of these web pages in (CORS).")
 @click.option("--strict", is_flag=True, help="Refuse unknown fields; else ignored, with a Warning header.")
+@click.option("--lora", multiple=True, metavar="NAME=FOLDER", help="Serve a PEFT adapter beside it; repeatable.")
 @click.option("--pooling", type=click.Choice(["mean", "last"]), default="last", show_default=True, help="Embeddings.")
 @click.option("--drain-seconds", default=60, show_default=True, type=click.IntRange(0), help="After SIGTERM.")
 def command(engine: Path, host: str, port: int, drain_seconds: int, **options: Any) -> None:
@@ -42,11 +43,19 @@ def command(engine: Path, host: str, port: int, drain_seconds: int, **options: A
     settings = Settings(**options)
     manifest.read(engine, "engine")
     api_keys(settings)
+    folders = settings.adapters
 
     def load() -> Service:
+        from llmc.engine import describe
         from llmc.serve.opening import open_service
 
-        return open_service(engine, settings)
+        adapters = []
+        if folders:
+            from llmc.converters import lora
+
+            spec = describe(engine).spec
+            adapters = [lora.read(name, folder, spec) for name, folder in folders.items()]
+        return open_service(engine, settings, adapters)
 
     def announce(service: Service, url: str) -> None:
         from llmc.serve.opening import welcome

@@ -52,20 +52,20 @@ def register(app: Flask, service: Service) -> None:
     @app.post("/v1/embeddings")
     def embeddings() -> Response:
         body = read_body(EmbeddingBody, strict=service.strict, refused={}, ignored=IGNORED)
-        service.check_model(body.model)
+        model = service.check_model(body.model)
         width = service.engine.limits.state_size
         if body.dimensions is not None and body.dimensions > width > 0:
             raise UserError(f"dimensions is {body.dimensions}, and this model has {width}", param="dimensions")
         requests = [_request(service, body, each) for each in body.input]
         try:
-            vectors = pooled(service, requests)
+            vectors = pooled(service, model, requests)
         except ClientGone:
             return abandoned()
         data = [
             {"object": "embedding", "index": index, "embedding": _encode(body, vector)}
             for index, vector in enumerate(vectors)
         ]
-        return jsonify({"object": "list", "data": data, "model": service.model, "usage": usage(requests)})
+        return jsonify({"object": "list", "data": data, "model": model, "usage": usage(requests)})
 
 
 def _request(service: Service, body: EmbeddingBody, given: str | list[int]) -> Request:

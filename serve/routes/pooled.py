@@ -10,7 +10,7 @@ from llmc.serve.routes.transport import client_gone, wait
 from llmc.serve.service import Service
 
 
-def pooled(service: Service, requests: Sequence[Request]) -> list[Logits]:
+def pooled(service: Service, model: str, requests: Sequence[Request]) -> list[Logits]:
     """The vector of each request.
 
     They are handed to the engine as many at a time as it runs, so that a long list leaves the queue to others.
@@ -24,7 +24,7 @@ def pooled(service: Service, requests: Sequence[Request]) -> list[Logits]:
         service.engine.check(request)
     found: list[Logits] = []
     for begin in range(0, len(requests), most):
-        handle = service.engine.submit(*requests[begin : begin + most])
+        handle = service.submit(model, *requests[begin : begin + most])
         events = list(wait(handle, gone))
         vectors = {event.choice: event.vector for event in events if event.vector is not None}
         found += [vectors[choice] for choice in range(handle.choices)]

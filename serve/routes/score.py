@@ -124,28 +124,28 @@ def register(app: Flask, service: Service) -> None:
     @app.post("/v1/score")
     def score() -> Response:
         body = read_body(ScoreBody, strict=service.strict, refused={}, ignored=IGNORED)
-        service.check_model(body.model)
+        model = service.check_model(body.model)
         requests = [_request(body, ids) for ids in _prompts(service, body)]
         try:
-            found = pooled(service, requests)
+            found = pooled(service, model, requests)
         except ClientGone:
             return abandoned()
         data = [
             {"index": index, "object": "score", "score": _plain(activated(each) if body.use_activation else each)}
             for index, each in enumerate(found)
         ]
-        return jsonify(_envelope(service, "score") | {"object": "list", "data": data, "usage": usage(requests)})
+        return jsonify(_envelope(model, "score") | {"object": "list", "data": data, "usage": usage(requests)})
 
     @app.post("/v1/rerank")
     def rerank() -> Response:
         body = read_body(RerankBody, strict=service.strict, refused={}, ignored=IGNORED)
-        service.check_model(body.model)
+        model = service.check_model(body.model)
         if service.engine.limits.num_scores > 1:
             raise UserError("this model gives several scores, and documents have one order: ask POST /v1/score")
         prompts = [_ids(service, (body.query, text), "documents") for text in body.texts]
         requests = [_request(body, ids) for ids in prompts]
         try:
-            found = pooled(service, requests)
+            found = pooled(service, model, requests)
         except ClientGone:
             return abandoned()
         order = sorted(range(len(found)), key=lambda index: -float(found[index][0]))
@@ -157,7 +157,7 @@ def register(app: Flask, service: Service) -> None:
             | ({"document": {"text": body.texts[index]}} if body.return_documents else {})
             for index in order[: body.top_n or None]
         ]
-        return jsonify(_envelope(service, "rerank") | {"results": results, "usage": usage(requests)})
+        return jsonify(_envelope(model, "rerank") | {"results": results, "usage": usage(requests)})
 
 
 def activated(row: Logits) -> Logits:
@@ -193,8 +193,8 @@ def _request(body: ScoreBody | RerankBody, ids: Sequence[int]) -> Request:
     return Request(tuple(ids), max_tokens=0, priority=body.priority, cache_salt=body.cache_salt or "", pooling="score")
 
 
-def _envelope(service: Service, kind: str) -> dict[str, Any]:
-    return {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.model}
+def _envelope(model: str, kind: str) -> dict[str, Any]:
+    return {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
 
 def _plain(row: Logits) -> float | list[float]:

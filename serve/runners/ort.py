@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmc.adapter import Adapter
 from llmc.engine import Engine
 from llmc.errors import EngineError
 from llmc.need import need
 from llmc.runtime import Chunk, Limits, Logits
+from llmc.serve.runners.ort_adapters import NONE, Adapters, Span
 from llmc.serve.runners.slots import SlotTable
 
 Array = npt.NDArray[Any]
@@ -86,14 +88,16 @@ class _DecodeBatch:
     seqlens: Array
     total: Array
     logits: Logits
+    masks: dict[str, Array]
     keep: list[Any]
 
 
 class OrtRunner:
     """An engine of the backend "ort", opened. Implements `llmc.runtime.Runner`."""
 
-    def __init__(self, session: Any, engine: Engine, limits: Limits) -> None:
+    def __init__(self, session: Any, engine: Engine, limits: Limits, adapters: Sequence[Adapter] = ()) -> None:
         self._ort = need("onnxruntime")
+        self._adapters = Adapters(engine.spec, [each.name for each in session.get_inputs()], adapters)
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
@@ -139,7 +143,10 @@ class OrtRunner:
         """One token of each of several sequences."""
         by_id = {chunk.sequence_id: chunk for chunk in chunks}
         order = [by_id[sequence_id] for sequence_id in self._table.line_up(list(by_id))]
-        batch = self._decode_batch(len(order))
+        wanted = [chunk.adapter for chunk in order]
+        span = self._adapters.span(wanted)
+        batch = self._decode_batch(len(order), span)
+        self._adapters.fill(batch.masks, wanted, span)
         batch.tokens[:, 0] = [int(chunk.tokens[0]) for chunk in order]
         batch.seqlens[:] = [chunk.start for chunk in order]
         batch.total[...] = batch.seqlens.max() + 1
@@ -152,7 +159,10 @@ class OrtRunner:
         count = len(chunk.tokens)
         slot, end = self._table[chunk.sequence_id].index, chunk.start + count
         # What was bound once stays bound: an output that is rarely wanted has a binding of its own.
-        binding, _ = self._bind_slots(slot, 1) if chunk.states else self._slot_binding(slot, 1)
+        span = self._adapters.span([chunk.adapter])
+        binding, _ = self._bind_slots(slot, 1, span) if chunk.states else self._slot_binding(slot, 1, span)
+        masks = self._adapters.masks(count, span)
+        self._adapters.fill(masks, [chunk.adapter], span)
         rows = 0 if chunk.states else chunk.logits
         shape = (count, self._limits.state_size) if chunk.states else (rows, self._limits.width)
         found = np.empty(shape, np.float32)
@@ -163,6 +173,7 @@ class OrtRunner:
                 "rows": np.arange(count - rows, count),
                 "seqlens_k": np.array([end - 1], np.int32),
                 "total_sequence_length": np.array(end, np.int32),
+                **masks,
             },
             {HIDDEN if chunk.states else LOGITS: found},
         )
@@ -181,9 +192,10 @@ class OrtRunner:
             binding.bind_ortvalue_output(name, keep[-1])
         return keep
 
-    def _bind_slots(self, first: int, count: int) -> tuple[Any, list[Any]]:
-        """A binding whose caches are `count` slots from `first` on."""
-        binding, keep = self._session.io_binding(), []
+    def _bind_slots(self, first: int, count: int, span: Span = NONE) -> tuple[Any, list[Any]]:
+        """A binding whose caches are `count` slots from `first` on, with the adapters of a span."""
+        binding = self._session.io_binding()
+        keep = self._bind(binding, self._adapters.stacks(span), {})
         for name, array in self._cache.arrays.items():
             value = self._ort.OrtValue.ortvalue_from_numpy(array[first : first + count])
             binding.bind_ortvalue_input(f"past.{name}", value)
@@ -191,8 +203,9 @@ class OrtRunner:
             keep.append(value)
         return binding, keep
 
-    def _bind_decode_batch(self, count: int) -> _DecodeBatch:
-        binding, keep = self._bind_slots(0, count)
+    def _bind_decode_batch(self, count: int, span: Span) -> _DecodeBatch:
+        binding, keep = self._bind_slots(0, count, span)
+        masks = self._adapters.masks(count, span)
         tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
         total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.width), np.float32)
         inputs: dict[str, Array] = {
@@ -200,13 +213,20 @@ class OrtRunner:
             "rows": np.arange(count),
             "seqlens_k": seqlens,
             "total_sequence_length": total,
+            **masks,
         }
         keep += self._bind(binding, inputs, {LOGITS: logits})
-        return _DecodeBatch(binding, tokens, seqlens, total, logits, keep)
+        return _DecodeBatch(binding, tokens, seqlens, total, logits, masks, keep)
 
 
 def open_runner(
-    folder: Path, engine: Engine, *, threads: int | None, max_sequences: int | None, cache_tokens: int | None
+    folder: Path,
+    engine: Engine,
+    *,
+    threads: int | None,
+    max_sequences: int | None,
+    cache_tokens: int | None,
+    adapters: Sequence[Adapter] = (),
 ) -> OrtRunner:
     """Open the engine in `folder`; see `llmc.serve.runners.open_runner`."""
     ort = need("onnxruntime")
@@ -228,7 +248,7 @@ def open_runner(
         # Engines of older versions have no such output.
         state_size=next((each.shape[1] for each in session.get_outputs() if each.name == HIDDEN), 0),
     )
-    return OrtRunner(session, engine, limits)
+    return OrtRunner(session, engine, limits, adapters)
 
 
 def _affordable_tokens(engine: Engine) -> int:

@@ -112,10 +112,13 @@ class FakeRunner:
             assert 1 <= len(tokens) <= self._limits.max_length
             assert len(self.caches) < self._limits.max_sequences, "too many sequences"
             wanted = tokens.tolist()
+            # A scope begins with the adapter's name; what was computed with another one is of no use.
             known = [cache for cache in (*self._remembered, *self.caches.values()) if cache.salt == salt]
             reused = min(max((_shared(wanted, other) for other in known), default=0), len(wanted) - 1)
+            best = next((cache for cache in known if reused and _shared(wanted, cache) >= reused), None)
             self.caches[sequence_id] = _Cache(wanted[:reused])
             self.caches[sequence_id].salt = salt
+            self.caches[sequence_id].adapter = None if best is None else best.adapter
             return reused
 
     def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
@@ -147,11 +150,15 @@ class FakeRunner:
         assert count >= 1
         assert 0 <= chunk.logits <= count
         assert chunk.start == len(cache), f"starts at {chunk.start}, computed are {len(cache)}"
+        assert cache.adapter in (None, chunk.adapter), "computed with another adapter"
+        cache.adapter = chunk.adapter
         cache.extend(chunk.tokens.tolist())
         assert len(cache) <= self._limits.max_length
         ends = range(len(cache) - chunk.logits + 1, len(cache) + 1)
         width = self._limits.state_size if chunk.states else self._limits.width
-        rows = [row(cache[:end], width, eos=None if width < VOCAB else self.eos) for end in ends]
+        rows = [
+            row([*chunk.adapter.encode(), *cache[:end]], width, eos=None if width < VOCAB else self.eos) for end in ends
+        ]
         if self.poison is not None and self.poison in cache:
             rows = [np.full_like(each, np.nan) for each in rows]
         return np.array(rows, np.float32).reshape(chunk.logits, width)
@@ -171,6 +178,7 @@ class _Cache(list[int]):
     """Tokens, and the salt that they were claimed with."""
 
     salt = ""
+    adapter: str | None = None
 
 
 class _alone:  # noqa: N801

@@ -121,6 +121,8 @@ def welcome(service: Service, url: str) -> str:
     route = "chat/completions" if chat else "completions"
     body = '{"messages": [{"role": "user", "content": "Hello"}]}' if chat else '{"prompt": "Once upon a time"}'
     beside = f"  with the adapters {', '.join(service.adapters)}\n" if service.adapters else ""
+    if service.engine.limits.num_scores:
+        route, body = "score", '{"input": "Once upon a time"}'
     return (
         f"Serving '{service.model}' at {url}\n{beside}"
         f"  {budget.max_sequences} sequences at a time of {budget.longest} tokens at most, "

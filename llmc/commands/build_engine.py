@@ -58,5 +58,8 @@ def command(
     weights = ", ".join(f"{count} x {name}" for name, count in engine.weights.items())
     click.echo(f"{out}: {engine.spec.family} engine, {folder_size(out)}, {time.perf_counter() - began:.1f} s")
     click.echo(f"  matrices   {weights}")
+    if engine.spec.score:
+        click.echo(f"  head       {engine.spec.score.labels} scores")
     click.echo(f"  KV cache   {engine.kv_cache}, up to {engine.max_length} tokens a sequence")
-    click.echo(f"next: llmc serve {out}    (or: llmc generate {out} --prompt ...)")
+    other = f"score {out} FILE" if engine.spec.score else f"generate {out} --prompt ..."
+    click.echo(f"next: llmc serve {out}    (or: llmc {other})")

@@ -17,7 +17,7 @@ from llmc.builders import ort as builder
 from llmc.model import Decoder
 from llmc.runtime import Chunk
 from llmc.serve.runners import open_runner
-from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Rope
+from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Rope, Score
 from llmc.tensors import TensorInfo
 
 TOKENS = np.array(tiny.tokens(40))
@@ -39,7 +39,7 @@ def any_spec(draw: random.Random) -> ModelSpec:
     )
     experts = Moe(num_experts=4, top_k=2, intermediate_size=32, shared_size=draw.choice([None, 32]), dense_layers=(1,))
     kind = draw.choice(["rms", "layer"])
-    return ModelSpec(
+    spec = ModelSpec(
         family="none",
         vocab_size=tiny.VOCAB_SIZE,
         hidden_size=HIDDEN,
@@ -71,6 +71,8 @@ def any_spec(draw: random.Random) -> ModelSpec:
         embedding_size=draw.choice([None, 32]),
         embedding_scale=draw.choice([1.0, 3.0]),
     )
+    score = Score(labels=draw.choice([1, 3]))
+    return spec if flag() else spec.model_copy(update={"score": score, "tied": False, "normalised_head": False})
 
 
 def random_decoder(spec: ModelSpec, seed: int) -> Decoder:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import fake
-import httpx2
 import numpy as np
 import pytest
 import tiny
 from flask.testing import FlaskClient
 from openai import OpenAI
 from openai.types import CreateEmbeddingResponse
+from werkzeug.serving import make_server
 
 from llmc.builders import ort as builder
 from llmc.serve.app import create_app
@@ -142,14 +142,17 @@ def test_the_openai_client_gets_what_transformers_computes(
     settings = Settings(name="tiny", threads=1, max_sequences=3, step_tokens=5, pooling=pooling)
     service = open_service(tmp_path / "engine", settings)
     service.engine.start()
+    server = make_server("127.0.0.1", 0, create_app(service), threaded=True)
+    threading.Thread(target=server.serve_forever).start()
+    prompts = [tiny.tokens(count, seed=count) for count in (1, 2, 17, 60)]
     try:
-        transport = httpx2.WSGITransport(create_app(service))  # type: ignore[arg-type]
-        openai = OpenAI(base_url="http://llmc/v1", api_key="none", http_client=httpx2.Client(transport=transport))
-        prompts = [tiny.tokens(count, seed=count) for count in (1, 2, 17, 60)]
-        chat = service.engine.submit(Request(tuple(tiny.tokens(9)), max_tokens=60))
-        found = openai.embeddings.create(model="tiny", input=prompts)
-        chat.cancel()
+        with OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="none", max_retries=0) as openai:
+            chat = service.engine.submit(Request(tuple(tiny.tokens(9)), max_tokens=60))
+            found = openai.embeddings.create(model="tiny", input=prompts)
+            chat.cancel()
     finally:
+        server.shutdown()
+        server.server_close()
         service.engine.close()
     model = tiny.TINY[name].build()
     for each, prompt in zip(found.data, prompts, strict=True):

@@ -53,7 +53,7 @@ class Pooler:
 def check_kind(request: Request, limits: Limits) -> None:
     """Raise UserError unless the model has what is wanted."""
     if request.pooling is None and limits.num_scores:
-        raise UserError("this model gives scores and writes no text: ask POST /v1/score or /v1/rerank")
+        raise UserError("this model gives scores and writes no text: ask POST /v1/score or /v1/rerank, or llmc score")
     if request.pooling == "score" and not limits.num_scores:
         raise UserError("this model has no scoring head: serve one whose checkpoint has a 'score.weight'")
     if request.pooling in ("mean", "last") and not limits.state_size:

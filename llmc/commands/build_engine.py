@@ -59,7 +59,7 @@ def command(
     click.echo(f"{out}: {engine.spec.family} engine, {folder_size(out)}, {time.perf_counter() - began:.1f} s")
     click.echo(f"  matrices   {weights}")
     if engine.spec.score:
-        click.echo(f"  head       {engine.spec.score.labels} scores")
+        click.echo(f"  head       scores of {engine.spec.score.labels} labels")
     click.echo(f"  KV cache   {engine.kv_cache}, up to {engine.max_length} tokens a sequence")
     other = f"score {out} FILE" if engine.spec.score else f"generate {out} --prompt ..."
     click.echo(f"next: llmc serve {out}    (or: llmc {other})")

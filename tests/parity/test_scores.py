@@ -216,3 +216,24 @@ def test_a_scorer_has_no_perplexity_and_writes_nothing(tmp_path: Path, tiny_chec
     with pytest.raises(UserError, match=r"score\.weight"):
         scores.scores(runner, [5])
     runner.close()
+
+
+def test_what_else_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llmc verify compares every token's scores with transformers'; llmc inspect and build-engine name the head."""
+    from click.testing import CliRunner
+
+    from llmc.commands import build_engine, inspect, verify
+
+    monkeypatch.setenv("COLUMNS", "200")
+    save("llama", 3, tmp_path / "hf")
+    hf.convert(tmp_path / "hf", tmp_path / "checkpoint")
+
+    def run(command: Any, *arguments: Any) -> str:
+        result = CliRunner().invoke(command, [str(each) for each in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "scores of 3 labels" in run(build_engine.command, tmp_path / "checkpoint", tmp_path / "engine")
+    for kind in ("checkpoint", "engine"):
+        assert "3 labels, of the last token that is not 0" in run(inspect.command, tmp_path / kind)
+        assert "within the tolerance" in run(verify.command, tmp_path / "hf", tmp_path / kind)

@@ -160,3 +160,31 @@ def test_the_openai_client_gets_what_transformers_computes(
             states = model.base_model(torch.tensor([prompt])).last_hidden_state[0].numpy().astype(np.float64)
         wanted = states.mean(axis=0) if pooling == "mean" else states[-1]
         np.testing.assert_allclose(each.embedding, wanted / np.linalg.norm(wanted), atol=1e-5)
+
+
+def test_a_model_that_was_saved_without_its_head(tmp_path: Path) -> None:
+    """As Qwen3-Embedding is: the body's names alone, and a head that is tied."""
+    import torch
+    from safetensors.numpy import load_file
+
+    from llmc.converters import hf
+    from llmc.runtime import Chunk
+    from llmc.serve.runners import open_runner
+
+    tiny.save(tiny.TINY["qwen3-tied"], tmp_path / "whole")
+    model = tiny.TINY["qwen3-tied"].build()
+    model.model.save_pretrained(tmp_path / "body")
+    tiny.save_tokenizer(tmp_path / "body")
+    config = (tmp_path / "whole" / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "body" / "config.json").write_text(config, encoding="utf-8")
+    assert not any(name.startswith("model.") for name in load_file(tmp_path / "body" / "model.safetensors"))
+    hf.convert(tmp_path / "body", tmp_path / "checkpoint")
+    builder.build(tmp_path / "checkpoint", tmp_path / "engine", max_length=64)
+    runner = open_runner(tmp_path / "engine", threads=1, max_sequences=1)
+    ids = tiny.tokens(20)
+    runner.claim(1, np.array(ids))
+    (rows,) = runner.step([Chunk(1, 0, np.array(ids), 1, states=True)])
+    runner.close()
+    with torch.no_grad():
+        states = model.model(torch.tensor([ids])).last_hidden_state[0, -1].numpy()
+    np.testing.assert_allclose(rows[-1], states, atol=1e-4)

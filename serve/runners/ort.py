@@ -34,6 +34,7 @@ Array = npt.NDArray[Any]
 MODEL = "model.onnx"
 LOGITS, HIDDEN = "logits", "hidden"
 DEFAULT_SEQUENCES = 16
+BINDINGS = 256  # kept at most: there are as many as sizes of batches, times sets of adapters
 CACHE_SHARE = 0.5  # of the memory that is free when the engine is opened
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python from 3.13 on
 
@@ -102,8 +103,11 @@ class OrtRunner:
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
         self._table = SlotTable(self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens)
-        self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
-        self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)
+        # Of all decoding batches: one is computed at a time, and a row can be 600 kB.
+        self._logits = np.zeros((limits.max_sequences, limits.width), np.float32)
+        most = max(BINDINGS, limits.max_sequences)
+        self._decode_batch = lru_cache(maxsize=most)(self._bind_decode_batch)
+        self._slot_binding = lru_cache(maxsize=most)(self._bind_slots)
 
     @property
     def limits(self) -> Limits:
@@ -207,7 +211,7 @@ class OrtRunner:
         binding, keep = self._bind_slots(0, count, span)
         masks = self._adapters.masks(count, span)
         tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
-        total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.width), np.float32)
+        total, logits = np.zeros((), np.int32), self._logits[:count]
         inputs: dict[str, Array] = {
             "tokens": tokens,
             "rows": np.arange(count),

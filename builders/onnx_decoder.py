@@ -9,7 +9,8 @@ Tokens of all sequences are rows of one matrix [batch * length, hidden]; only at
         x ── norm ── qkv ── GroupQueryAttention (rotary, cache) ── o ─► + ──► x
         x ── norm ─┬─ gate ── activation ─► * ── down ────────────────► + ──► x
                    └─ up ─────────────────►
-    x ── norm ── Gather(rows) ── head ──► logits
+    x ── norm ─┬─ Gather(rows) ── head ──► logits
+               └────────────────────────► hidden
 
 An addition and the norm that follows it are one operator, SkipLayerNormalization or SkipSimplifiedLayerNormalization.
 Where a prefix sees itself whole, the attention operator masks nothing, and a bias does (onnx_prefix.py).
@@ -63,6 +64,7 @@ def draw(
     max_length: int,
     kv_int8: bool,
     accuracy_level: int,
+    adapters: bool = False,
 ) -> Graph:
     """The whole graph, its weights still unread.
 
@@ -70,32 +72,37 @@ def draw(
     seqlens_k int32 [batch], each sequence's length after this step minus one; total_sequence_length int32 [], the
     longest of those lengths; past.N.{key,value} [batch, kv_heads, max_length, head_dim]. Of models with a prefix also
     prefix int64 [batch, 2], each sequence's llmc.prefix.Span.
-    Outputs: logits float32 [rows, vocab]; present.N.{key,value}, to be bound to the memory of past.N.
+    Outputs: logits float32 [rows, vocab (or labels)]; hidden float32 [tokens, hidden], what the head reads of every
+    token, which is there anyhow; present.N.{key,value}, to be bound to the memory of past.N.
 
     Args:
         load: A tensor of the checkpoint by its canonical name.
         max_length: Positions in the rotary table.
         kv_int8: The cache holds int8, by the checkpoint's scales.
-        accuracy_level: See `Lowering`.
+        accuracy_level, adapters: See `Lowering`.
     """
     graph = Graph("decoder")
     tokens = graph.input("tokens", INT64, ["batch", "length"])
     rows = graph.input("rows", INT64, ["rows"])
-    lowering = Lowering(graph, spec, recipe, load, accuracy_level)
+    lowering = Lowering(graph, spec, recipe, load, accuracy_level, adapters=adapters)
     decoder = _Decoder(spec, graph, lowering, tokens, max_length, kv_int8)
 
     flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")
     x = decoder.embed(flat)
     x.name = state_name(0)
     out = decoder.layers(x) if spec.norm.order != "after" else decoder.layers_with_norms_after(x)
-    sampled = graph.call("Gather", [out, rows], "/rows")
     if spec.embedding_size:
-        sampled = lowering.linear(sampled, "embed_out")
-    head = "embed" if spec.tied else "head"
+        out = lowering.linear(out, "embed_out")
+    elif spec.norm.order == "after":
+        # A value has one name, and this one is the last layer's state already.
+        out = graph.call("Identity", [out], "/hidden")
+    graph.output(out, "hidden", FLOAT, ["tokens", spec.embedding_size or spec.hidden_size])
+    sampled = graph.call("Gather", [out, rows], "/rows")
+    head = "score" if spec.score else "embed" if spec.tied else "head"
     logits = lowering.linear(sampled, head, node="/head")
     if spec.normalised_head:
         logits = graph.call("Mul", [logits, lowering.inverse_lengths(head)], "/head/normalised")
-    graph.output(logits, "logits", FLOAT, ["rows", spec.vocab_size])
+    graph.output(logits, "logits", FLOAT, ["rows", spec.score.labels if spec.score else spec.vocab_size])
     decoder.declare_presents()
     return graph
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llmc import names
+from llmc import adapter, names
 from llmc.builders.onnx_graph import MICROSOFT, Graph
 from llmc.quant import pack
 from llmc.recipe import QuantRecipe, WeightFormat
@@ -45,6 +45,7 @@ class Lowering:
     Attributes:
         load: A tensor of the checkpoint by its canonical name.
         accuracy_level: MatMulNBits' attribute: 4 lets it quantize its input to int8, 1 computes in float32.
+        adapters: Linears take low-rank adapters as inputs of the graph (llmc/adapter.py).
     """
 
     def __init__(
@@ -54,8 +55,12 @@ class Lowering:
         recipe: QuantRecipe | None,
         load: Callable[[str], Array],
         accuracy_level: int,
+        *,
+        adapters: bool = False,
     ) -> None:
         self.graph = graph
+        self.adapters = adapters
+        self._masks: dict[str, ir.Value] = {}
         self.load = load
         self.accuracy_level = accuracy_level
         self._recipe = recipe
@@ -85,12 +90,12 @@ class Lowering:
         name, weight_format = node or path(modules[0]), self.format(modules[0])
         if weight_format is None:
             weight = self.weight(modules, "weight", (out_features, in_features))
-            return self.graph.call("Gemm", [x, weight, bias], name, transB=1)
+            return self._adapted(x, self.graph.call("Gemm", [x, weight, bias], name, transB=1), modules, name)
         bits, groups = weight_format.bits, weight_format.groups(in_features)
         blob = weight_format.group_size * bits // 8
         codes = self.weight(modules, "qweight", (out_features, groups, blob), np.uint8)
         scale = self.weight(modules, "scale", (out_features, groups))
-        return self.graph.call(
+        product = self.graph.call(
             "MatMulNBits",
             [x, codes, scale, self._zero(modules, weight_format, out_features, groups), None, bias],
             name,
@@ -101,6 +106,27 @@ class Lowering:
             block_size=weight_format.group_size,
             accuracy_level=self.accuracy_level,
         )
+        return self._adapted(x, product, modules, name)
+
+    def _adapted(self, x: ir.Value, y: ir.Value, modules: Modules, name: str) -> ir.Value:
+        """y + (mask * (x a^T)) b, where modules take adapters.
+
+            x ── Gemm(a) ── * mask ── Gemm(b, y) ──►
+
+        With no rows in a and b, when nobody uses an adapter, it is y.
+        """
+        if not self.adapters or not all(map(adapter.is_adaptable, modules)):
+            return y
+        both = adapter.joined(modules)
+        kind, shapes = adapter.kind_of(both), [self._shapes[f"{module}.weight"] for module in modules]
+        rank = f"rank.{kind}"
+        if kind not in self._masks:
+            self._masks[kind] = self.graph.input(f"lora.mask.{kind}", ir.DataType.FLOAT, ["tokens", rank])
+        a = self.graph.input(f"lora.{both}.a", ir.DataType.FLOAT, [rank, shapes[0][1]])
+        b = self.graph.input(f"lora.{both}.b", ir.DataType.FLOAT, [rank, sum(out for out, _ in shapes)])
+        inner = self.graph.call("Gemm", [x, a], f"{name}/lora/a", transB=1)
+        masked = self.graph.call("Mul", [inner, self._masks[kind]], f"{name}/lora/mask")
+        return self.graph.call("Gemm", [masked, b, y], f"{name}/lora")
 
     def embedding(self, tokens: ir.Value, module: str) -> ir.Value:
         """Rows of a matrix: int64 [tokens] -> float32 [tokens, width]."""

@@ -28,6 +28,7 @@ def build(
     max_length: int | None = None,
     kv_cache: Literal["float32", "int8"] | None = None,
     arithmetic: Literal["int8", "float32"] = "int8",
+    lora: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Engine:
@@ -39,6 +40,8 @@ def build(
         kv_cache: By default int8 when the checkpoint has scales for it.
         arithmetic: Of products with quantized weights. int8 is the faster: each row of the input is quantized on the
             way, so that its result depends a little on the rows beside it.
+        lora: Low-rank adapters can be served beside the model (llmc/adapter.py). Without one in use a step takes a
+            little longer.
         progress: Told the bytes of weights written so far, and of all.
 
     Raises:
@@ -46,7 +49,7 @@ def build(
         UserError: `target` exists, or an option does not fit the checkpoint.
     """
     checkpoint = Checkpoint(source)
-    engine = _engine(checkpoint, max_length, kv_cache)
+    engine = _engine(checkpoint, max_length, kv_cache).model_copy(update={"lora": lora})
     with manifests.creating(target, overwrite=overwrite) as folder:
         graph = onnx_decoder.draw(
             checkpoint.spec,
@@ -55,6 +58,7 @@ def build(
             max_length=engine.max_length,
             kv_int8=engine.kv_cache == "int8",
             accuracy_level=ACCURACY_LEVELS[arithmetic],
+            adapters=lora,
         )
         graph.save(folder, progress)
         engine.save(folder)

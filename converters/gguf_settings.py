@@ -335,6 +335,8 @@ def write(spec: ModelSpec) -> Words:
         UnsupportedModelError: GGUF has no architecture for it, or no place for something that the spec says.
     """
     name = architecture_for(spec.family)
+    if spec.score:
+        raise UnsupportedModelError("llmc does not write a scoring head into GGUF: use --format hf")
     known = _ALWAYS | set(ARCHITECTURES[name].words)
     rotary = {} if isinstance(spec.position, Rope) else {"rope.freq_base", "rope.dimension_count"}
     found = {key: value(spec) for key, value in _WRITTEN.items() if key in known and key not in rotary}

@@ -221,7 +221,7 @@ def _write_config(found: Checkpoint, family: Family, spec: ModelSpec, work: Path
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, work / GENERATION)
     if not (source / CONFIG).is_file() or family != families.by_name(found.spec.family):
-        config = family.write(spec) | {"dtype": dtype, "torch_dtype": dtype}
+        config = families.write_config(family, spec) | {"dtype": dtype, "torch_dtype": dtype}
         generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.
         config |= {key: generation.get(key, config.get(key)) for key in hf_tokenizer.TOKEN_IDS}

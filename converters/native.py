@@ -35,7 +35,11 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
 
 
 def form(found: Checkpoint) -> tuple[Family, ModelSpec]:
-    """The family under whose names transformers loads a model, and the spec with its name."""
+    """The family under whose names transformers loads a model, and the spec with its name.
+
+    Raises:
+        UnsupportedModelError: Nobody has a class for it.
+    """
     family = families.by_name(found.spec.family)
     if family.native == "":
         return family, found.spec
@@ -44,6 +48,8 @@ def form(found: Checkpoint) -> tuple[Family, ModelSpec]:
         spec = found.spec.model_copy(update={"family": native.name})
         if can_say(native, spec):
             return native, spec
+    if found.spec.score is not None:
+        raise UnsupportedModelError(f"neither transformers nor llmc has a class for {family.name} with a scoring head")
     logger.warning(
         f"transformers has no class for this {family.name}: written for llmc's own, {own.ARCHITECTURE}; "
         "`import llmc.modeling` before AutoModelForCausalLM.from_pretrained"

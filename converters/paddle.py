@@ -270,6 +270,8 @@ def _config_of(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         UnsupportedModelError: It has no word for something.
     """
     family = layout.family
+    if spec.score is not None:
+        raise UnsupportedModelError(f"llmc does not know how PaddleNLP's {family.name} would say a scoring head")
     if not native.can_say(family, spec):
         raise UnsupportedModelError(f"this model is no {family.name}")
     config = family.write(spec)

@@ -31,11 +31,12 @@ from llmc.checkpoint import Checkpoint
 from llmc.converters import cast, families, hf, pickled
 from llmc.converters import source as sources
 from llmc.converters.reader import Reader
-from llmc.converters.rules import Progress, Tensors, bind, from_canonical
+from llmc.converters.rules import Family, Progress, Tensors, bind, from_canonical
 from llmc.converters.source import Source
 from llmc.errors import CheckpointError, UnsupportedModelError, UserError
 from llmc.manifest import Parent
 from llmc.names import Shape
+from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo, read_tensor
 
 CONFIG = "adapter_config.json"
@@ -65,7 +66,7 @@ _PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class Settings:
     """What an adapter's config says of its arithmetic."""
 
     where: str
@@ -85,7 +86,7 @@ class _Settings:
 
 
 @dataclass(slots=True)
-class _Change:
+class Change:
     """What an adapter does to one tensor of its base: adds B A, replaces it, or both in turn.
 
     Attributes:
@@ -127,7 +128,7 @@ def convert(
         CheckpointError: A tensor of the adapter has no place in this base, or does not fit it.
     """
     cast.target_dtype(dtype)
-    settings = _read_settings(json_file.read(adapter / CONFIG), adapter / CONFIG)
+    settings = read_settings(json_file.read(adapter / CONFIG), adapter / CONFIG)
     if base is None:
         name = json_file.read(adapter / CONFIG).get("base_model_name_or_path")
         raise UserError(
@@ -135,15 +136,15 @@ def convert(
         )
     model = _open_base(base)
     infos, is_pickle = _read_weights(adapter)
-    changes = _changes(settings, model, infos, adapter)
-    if model.spec.tied and not changes.keys().isdisjoint({model.embedding, model.head}):
+    found = changes(settings, model.family, model.spec, infos, adapter)
+    if model.spec.tied and not found.keys().isdisjoint({model.embedding, model.head}):
         # PEFT changes one of the two and leaves the other as it was, so that they are no longer one.
         model = _untied(model)
     parent = Parent(kind="peft", sha256=manifests.sha256_of(adapter / CONFIG), name=adapter.resolve().name)
     merged = replace(
         model,
         where=adapter,
-        tensors=functools.partial(_merged, model, changes),
+        tensors=functools.partial(_merged, model, found),
         copy=functools.partial(_copy, model, adapter),
         parents=(parent, *model.parents),
         packages=tuple(dict.fromkeys((*model.packages, *(["torch"] if is_pickle else [])))),
@@ -151,7 +152,8 @@ def convert(
     return sources.write(merged, out, dtype=dtype, overwrite=overwrite, progress=progress)
 
 
-def _read_settings(config: Mapping[str, Any], where: Path) -> _Settings:
+def read_settings(config: Mapping[str, Any], where: Path) -> Settings:
+    """What an `adapter_config.json` says; raises UnsupportedModelError for another kind, or an unknown setting."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedModelError(f"{where}: 'peft_type' is {kind!r}; llmc merges LORA (with rsLoRA and DoRA) alone")
@@ -165,7 +167,7 @@ def _read_settings(config: Mapping[str, Any], where: Path) -> _Settings:
         )
     for key in ("lora_bias", "use_qalora", "ensure_weight_tying"):
         reader.only(key, False, "llmc does not merge it")
-    settings = _Settings(
+    settings = Settings(
         where=str(where),
         rank=reader.integer("r"),
         alpha=reader.number("lora_alpha"),
@@ -220,17 +222,23 @@ def _read_weights(adapter: Path) -> tuple[dict[str, TensorInfo], bool]:
     raise CheckpointError(f"{adapter} has no weights: expected {WEIGHTS} or {PICKLE}")
 
 
-def _changes(settings: _Settings, model: Source, infos: Mapping[str, TensorInfo], adapter: Path) -> dict[str, _Change]:
-    """The base's tensors that change, by their authors' names."""
-    untied = model.spec.model_copy(update={"tied": False})
-    bound = {item.theirs: item for item in bind(model.family.rules, untied)}
+def changes(
+    settings: Settings, family: Family, spec: ModelSpec, infos: Mapping[str, TensorInfo], adapter: Path
+) -> dict[str, Change]:
+    """The base's tensors that change, by their authors' names.
+
+    Raises:
+        CheckpointError: A tensor of the adapter has no place in this base, or does not fit it.
+    """
+    untied = spec.model_copy(update={"tied": False})
+    bound = {item.theirs: item for item in bind(family.rules, untied)}
     shapes = {name: item.rule.op.source_shape(item.shapes) for name, item in bound.items()}
-    found: dict[str, _Change] = {}
+    found: dict[str, Change] = {}
     for name, info in infos.items():
         target, part = _place(name)
         if target not in bound:
             raise CheckpointError(f"{adapter}: '{name}' is for a tensor '{target}', which this base does not have")
-        change = found.setdefault(target, _Change())
+        change = found.setdefault(target, Change())
         setattr(change, part, info)
         # A linear whose rule reads [out, in] out of [in, out]; PEFT takes an embedding for such a one.
         change.is_turned |= "lora_embedding" in name or bound[target].rule.op.source_shape([(1, 2)]) == (2, 1)
@@ -248,7 +256,7 @@ def _place(name: str) -> tuple[str, str]:
     return inner.replace(".base_layer.", ".").replace(".modules_to_save.", "."), "whole"
 
 
-def _check(settings: _Settings, name: str, shape: tuple[int, ...], change: _Change, adapter: Path) -> None:
+def _check(settings: Settings, name: str, shape: tuple[int, ...], change: Change, adapter: Path) -> None:
     """Compare the parts of a change with each other, with the config and with the base; gives the change its scale."""
     if change.whole and change.whole.shape != shape:
         raise CheckpointError(
@@ -278,7 +286,7 @@ def _untied(model: Source) -> Source:
     return replace(model, spec=model.spec.model_copy(update={"tied": False}), tensors=stored)
 
 
-def _merged(model: Source, changes: Mapping[str, _Change], dtype: np.dtype[Any] | None) -> Tensors:
+def _merged(model: Source, changes: Mapping[str, Change], dtype: np.dtype[Any] | None) -> Tensors:
     """The base's tensors with the adapter's changes; those that change are rounded once, after the sum."""
     plain, stored = model.tensors(dtype), model.tensors(None)
 
@@ -292,7 +300,7 @@ def _merged(model: Source, changes: Mapping[str, _Change], dtype: np.dtype[Any] 
     return Tensors(plain.infos, load)
 
 
-def _apply(name: str, weight: Array, change: _Change, dtype: np.dtype[Any]) -> Array:
+def _apply(name: str, weight: Array, change: Change, dtype: np.dtype[Any]) -> Array:
     """The changed tensor; in the memory of `weight` where its type is the one that is wanted."""
     into = weight if weight.dtype == dtype else np.empty(weight.shape, dtype)
     if change.a is None or change.b is None:

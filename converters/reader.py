@@ -44,6 +44,9 @@ class Reader:
         self._values = values
         self._read: set[str] = set()
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def __contains__(self, key: object) -> bool:
         """Whether a setting is there and not null."""
         return isinstance(key, str) and self._values.get(key) is not None

@@ -24,6 +24,7 @@ COMMANDS = {
     "build-engine": ("build_engine", "Make an engine that can be served."),
     "evaluate": ("evaluate", "Perplexity of engines and checkpoints, side by side."),
     "verify": ("verify", "Whether two forms of a model compute the same: source, checkpoint, engine, server."),
+    "score": ("score", "What a reward model says of texts."),
     "generate": ("generate", "Continue a text with an engine."),
     "serve": ("serve", "Serve an engine over HTTP."),
     "families": ("families", "Print the model families that llmc converts, and what each supports."),

@@ -30,6 +30,7 @@ class Engine(Strict):
         backend: Which runner opens it (llmc/serve/runners).
         max_length: Tokens of the longest sequence, prompt and output together.
         kv_cache: How keys and values are kept.
+        lora: Low-rank adapters can be served beside the model.
         weights: How matrices are stored, and how many in each way: for people.
     """
 
@@ -38,6 +39,7 @@ class Engine(Strict):
     max_length: PositiveInt
     kv_cache: Literal["float32", "int8"]
     weights: dict[str, int]
+    lora: bool = False
 
     @property
     def cache_token_bytes(self) -> int:

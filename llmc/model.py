@@ -309,7 +309,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(spec, layer) for layer in range(spec.num_layers))
         self.norm = norm(spec, hidden) if spec.norm.order != "after" else None
         self.embed_out = nn.Linear(hidden, width, bias=False) if spec.embedding_size else None
-        self.head = None if spec.tied else nn.Linear(width, spec.vocab_size, bias=False)
+        self.head = None if spec.tied or spec.score else nn.Linear(width, spec.vocab_size, bias=False)
+        self.score = nn.Linear(width, spec.score.labels, bias=False) if spec.score else None
 
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None, context: int | None = None) -> Tensor:
         """Logits of every token.
@@ -326,7 +327,7 @@ class Decoder(nn.Module):
                 now, as transformers has it; to compute in chunks what a whole forward gives, pass the whole length.
 
         Returns:
-            float32 [batch, new, vocab_size].
+            float32 [batch, new, vocab_size], or [batch, new, labels] of a scoring head.
         """
         return self.logits(self.hidden(tokens, cache=cache, context=context))
 
@@ -382,7 +383,9 @@ class Decoder(nn.Module):
         return [made[one] for one in ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: [..., hidden_size (or embedding_size)] -> float32 [..., vocab_size]."""
+        """The head: [..., hidden_size (or embedding_size)] -> float32 [..., vocab_size (or labels)]."""
+        if self.score is not None:
+            return functional.linear(hidden, self.score.weight).float()
         weight = self.embed.weight if self.head is None else self.head.weight
         if self.spec.normalised_head:
             weight = functional.normalize(weight)

@@ -16,6 +16,7 @@
     layers.N.{attn,mlp}_post_norm.weight  [hidden]            where outputs are normalised before they are added
     norm.weight                           [hidden]
     head.weight                           [vocab, hidden]     absent when tied
+    score.weight                          [labels, hidden]    in place of the head where there is a scoring head
 
 Every linear is [out, in] and is applied as y = x W^T + b, whatever the source did. A quantized tensor keeps the name
 of its linear: `layers.N.attn.q.qweight`, `.scale`, `.zero` (see llmc/quant/pack.py).
@@ -64,7 +65,9 @@ def tensors(spec: ModelSpec) -> dict[str, Shape]:
         found.update(_norm(spec, "norm", hidden))
     if spec.embedding_size:
         found["embed_out.weight"] = (width, hidden)
-    if not spec.tied:
+    if spec.score:
+        found["score.weight"] = (spec.score.labels, width)
+    elif not spec.tied:
         found["head.weight"] = (spec.vocab_size, width)
     return found
 
@@ -127,9 +130,10 @@ def is_matrix(name: str, shape: Shape) -> bool:
     """Whether a tensor may be quantized.
 
     Learned positions are few, and every token's error would be theirs too; a router is small, and an error there is
-    another expert.
+    another expert; so is a scoring head, and all of the answer.
     """
-    return len(shape) == 2 and name != "positions.weight" and not name.endswith(("moe.router.weight", "_gate.weight"))
+    kept = ("positions.weight", "score.weight", "moe.router.weight", "_gate.weight")
+    return len(shape) == 2 and not name.endswith(kept)
 
 
 # What stands before the layers, and what behind them.

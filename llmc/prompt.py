@@ -85,6 +85,36 @@ def chat_text(
         ) from None
 
 
+def score_ids(tokenizer: Tokenizer, given: str | Sequence[Message] | tuple[str, str], pad: int | None) -> list[int]:
+    """Tokens of what a scoring head is asked about; the last of them is the one whose scores count.
+
+    Args:
+        given: A text; a conversation, the answer that is judged being its last turn; or two texts that belong together
+            (question and answer, query and document), which are a conversation of two turns where the model has a
+            chat template, and else one behind the other.
+        pad: Tokens like this at the end do not count (transformers' modeling_layers.py,
+            GenericForSequenceClassification). What is before them does not see them, so they are left out.
+    """
+    if isinstance(given, str):
+        ids = completion_ids(tokenizer, given)
+    elif not isinstance(given, tuple):
+        ids = chat_ids(tokenizer, given, add_generation_prompt=False)
+    elif tokenizer.chat_template is None:
+        ids = completion_ids(tokenizer, given[0]) + tokenizer.encode(given[1], add_special_tokens=False)
+    else:
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), given, strict=True)]
+        ids = chat_ids(tokenizer, turns, add_generation_prompt=False)
+    return without_padding(ids, pad)
+
+
+def without_padding(ids: Sequence[int], pad: int | None) -> list[int]:
+    """The tokens up to the last that is not `pad`; the first is kept whatever it is, as transformers does."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad:
+        end -= 1
+    return list(ids[:end])
+
+
 def _plain(message: Message) -> dict[str, Any]:
     """The message with its content as one string."""
     content = message.get("content")

@@ -32,10 +32,12 @@ class Limits:
         max_sequences: Sequences that may be claimed at a time.
         max_length: Tokens of one sequence, prompt and output together.
         cache_tokens: Tokens of all claimed sequences together.
-        vocab_size: Width of a row of logits.
+        vocab_size: Tokens that there are, and width of a row of logits.
         prefix_end: All tokens of a sequence before its first `prefix_end` see each other. So its first chunk holds
             them and that token, or none is there at all; None where chunks may be cut anywhere.
         token_bytes: Memory that one token takes in the cache; 0 where that is not known.
+        state_size: Width of a row of what the head reads; 0 where that cannot be asked for.
+        num_scores: Width of a row of a scoring head, which gives these in place of logits; 0 where there is none.
     """
 
     max_sequences: int
@@ -44,11 +46,18 @@ class Limits:
     vocab_size: int
     prefix_end: int | None = None
     token_bytes: int = 0
+    state_size: int = 0
+    num_scores: int = 0
 
     @property
     def cache_bytes(self) -> int:
         """Memory that the cache takes at most."""
         return self.cache_tokens * self.token_bytes
+
+    @property
+    def width(self) -> int:
+        """Of a row of what the head gives."""
+        return self.num_scores or self.vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +70,16 @@ class Chunk:
         tokens: int64 [count], count >= 1.
         logits: How many of the last tokens want their logits: 0 in the midst of a prompt, 1 to sample, more for
             scoring and for checking speculated tokens.
+        adapter: Name of the low-rank adapter that the sequence is computed with; the same in all its chunks.
+        states: These tokens want what the head reads in place of what it gives, and the head is not computed.
     """
 
     sequence_id: int
     start: int
     tokens: Tokens
     logits: int = 1
+    states: bool = False
+    adapter: str = ""
 
 
 class Runner(Protocol):
@@ -96,8 +109,8 @@ class Runner(Protocol):
         """Compute one chunk of each of some claimed sequences, all different.
 
         Returns:
-            For each chunk, in order, float32 [chunk.logits, vocab_size]; valid until the next step, which may write
-            over them.
+            For each chunk, in order, float32 [chunk.logits, limits.width], or [chunk.logits, limits.state_size] of
+            states; valid until the next step, which may write over them.
 
         Raises:
             EngineError: The step failed; the caches of these sequences are as undefined as their results.

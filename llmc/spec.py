@@ -232,6 +232,18 @@ class Moe(Strict):
         return self
 
 
+class Score(Strict):
+    """A head that gives scores in place of logits, as of a reward model or a classifier.
+
+    Attributes:
+        labels: How many scores.
+        pad: A text's scores are those of its last token that is not this one; None: of its last.
+    """
+
+    labels: PositiveInt
+    pad: NonNegativeInt | None = None
+
+
 class ModelSpec(Strict):
     """A decoder.
 
@@ -245,6 +257,7 @@ class ModelSpec(Strict):
             None where it is the hidden size.
         embedding_scale: Embeddings are multiplied by it.
         prefix: What of a text sees itself whole; None where no token sees what comes after it.
+        score: The scoring head that stands in the head's place, if one does.
     """
 
     family: str
@@ -262,6 +275,13 @@ class ModelSpec(Strict):
     embedding_size: PositiveInt | None = None
     embedding_scale: PositiveFloat = 1.0
     prefix: Prefix | None = None
+    score: Score | None = None
+
+    @model_validator(mode="after")
+    def _one_head(self) -> ModelSpec:
+        if self.score and (self.tied or self.normalised_head):
+            raise ValueError("'score' stands in the head's place: it does not go with 'tied' and 'normalised_head'")
+        return self
 
     @model_validator(mode="after")
     def _experts_are_gated(self) -> ModelSpec:

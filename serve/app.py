@@ -11,7 +11,20 @@ import secrets
 
 from flask import Flask, Response, g, request
 
-from llmc.serve.routes import chat, completions, errors, models, openapi, operations, paddle, page, responses, tokens
+from llmc.serve.routes import (
+    chat,
+    completions,
+    embeddings,
+    errors,
+    models,
+    openapi,
+    operations,
+    paddle,
+    page,
+    responses,
+    score,
+    tokens,
+)
 from llmc.serve.routes.errors import AuthenticationError
 from llmc.serve.service import Service
 
@@ -28,7 +41,7 @@ def create_app(service: Service) -> Flask:
     # A redirect would be an HTML page.
     app.url_map.merge_slashes = False
     errors.register(app)
-    for module in (models, completions, chat, responses, tokens, paddle, operations, openapi, page):
+    for module in (models, completions, chat, responses, embeddings, score, tokens, paddle, operations, openapi, page):
         module.register(app, service)
 
     @app.before_request

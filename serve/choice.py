@@ -6,6 +6,7 @@ import time
 
 from llmc.runtime import Logits
 from llmc.serve.handle import Handle
+from llmc.serve.pooling import Pooler
 from llmc.serve.request import Request
 from llmc.serve.sampler import Sampler, TokenLogprobs, logprobs
 from llmc.serve.scheduler import Work
@@ -17,7 +18,8 @@ class Choice(Sequence):
     """Choice `index` of a request, and its reader."""
 
     __slots__ = (
-        "arrived", "begun", "draft", "ends", "handle", "last_token", "position", "reported", "sampler", "text"
+        "arrived", "begun", "draft", "ends", "handle", "last_token", "pooler", "position", "reported", "sampler",
+        "text",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +49,7 @@ class Choice(Sequence):
         self.reported = 0
         # Tokens that are foretold to come next, and computed in this step to see whether they do.
         self.draft: tuple[int, ...] = ()
+        self.pooler = None if request.pooling is None else Pooler(request.pooling)
 
 
 def prompt_logprobs(item: Work[Choice], logits: Logits) -> tuple[TokenLogprobs, ...]:

@@ -28,6 +28,7 @@ from llmc.serve.choice import Choice, prompt_logprobs
 from llmc.serve.failures import Health, engine_error, refusal
 from llmc.serve.grammar import Grammars
 from llmc.serve.handle import Event, Handle
+from llmc.serve.pooling import check_kind
 from llmc.serve.request import Request
 from llmc.serve.sampler import logprobs
 from llmc.serve.scheduler import Budget, Scheduler, Work
@@ -121,12 +122,12 @@ class Engine:
     def claim(self, choice: Choice) -> int:
         """See scheduler.Cache."""
         wanted = choice.tokens
-        if choice.request.prompt_logprobs:
+        if choice.request.every_row:
             # What is reused has no logits: a claim of one token reuses none.
             wanted = wanted[:1]
         if self.budget.block is not None:
             wanted = wanted[: choice.num_prompt]
-        found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_salt)
+        found = self._runner.claim(choice.id, np.array(wanted, np.int64), choice.request.cache_scope)
         if not choice.begun:
             choice.begun = True
             choice.handle.cached_tokens += found
@@ -161,7 +162,7 @@ class Engine:
         with self._lock:
             try:
                 self._refuse_if_closed()
-                limits = [self._check(request) for request in requests]
+                limits = [self.check(request) for request in requests]
                 total = sum(request.n for request in requests)
                 handle = Handle(total, sum(len(request.prompt) for request in requests), self.cancel)
                 choices = self._choices(requests, limits, handle)
@@ -238,6 +239,12 @@ class Engine:
         return len(self._scheduler.waiting)
 
     @property
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Of the running and of the waiting sequences."""
+        with self._lock:
+            return self._scheduler.adapters
+
+    @property
     def preemptions(self) -> int:
         return self._scheduler.preemptions
 
@@ -253,8 +260,9 @@ class Engine:
         if self._broken is not None:
             raise EngineError(f"the engine has stopped: {self._broken}")
 
-    def _check(self, request: Request) -> int:
+    def check(self, request: Request) -> int:
         """The length at which the request's sequences end; raises UserError for what this model cannot do."""
+        check_kind(request, self.limits)
         limit = self._scheduler.limit(len(request.prompt), request.max_tokens)
         sampling, vocab = request.sampling, self.limits.vocab_size
         end = self.limits.prefix_end
@@ -352,7 +360,7 @@ class Engine:
         room = self._scheduler.room(work)
         for item in work:
             choice = item.sequence
-            if item.length == item.logits == 1:
+            if item.length == item.logits == 1 and choice.pooler is None:
                 most = min(room, choice.limit - len(choice.tokens) - 1)
                 choice.draft = speculation.draft(choice.id, choice.tokens, most, choice.request.cache_salt)
                 room -= len(choice.draft)
@@ -426,6 +434,9 @@ class Engine:
         """Sample the next token of one sequence, and say what is new of it."""
         choice = item.sequence
         request = choice.request
+        if choice.pooler is not None:
+            vector = choice.pooler.add(logits, item.start, last=choice.computed == len(choice.tokens))
+            return Event(choice.position, "", 0, None if vector is None else "stop", vector=vector)
         prompt = prompt_logprobs(item, logits) if request.prompt_logprobs else ()
         if choice.computed < len(choice.tokens):
             return Event(choice.position, "", 0, None, None, prompt)
@@ -481,5 +492,7 @@ class Engine:
 
 def _chunk(item: Work[Choice]) -> Chunk:
     choice, end = item.sequence, item.start + item.length
-    tokens = [*choice.tokens[item.start : end], *choice.draft]
-    return Chunk(choice.id, item.start, np.array(tokens, np.int64), item.logits + len(choice.draft))
+    request = choice.request
+    tokens = np.array([*choice.tokens[item.start : end], *choice.draft], np.int64)
+    states = request.pooling in ("mean", "last")
+    return Chunk(choice.id, item.start, tokens, item.logits + len(choice.draft), states, request.adapter)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from llmc.errors import LlmcError
+from llmc.runtime import Logits
 from llmc.serve.request import FinishReason
 from llmc.serve.sampler import TokenLogprobs
 
@@ -24,6 +25,7 @@ class Event(NamedTuple):
         logprobs: Of the new token, when asked for.
         prompt_logprobs: Of prompt tokens computed in this step, when asked for.
         error: Why it ended, with the finish reason "error".
+        vector: What was wanted in place of a text, in the last event.
     """
 
     choice: int
@@ -33,6 +35,7 @@ class Event(NamedTuple):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: LlmcError | None = None
+    vector: Logits | None = None
 
 
 class Handle:

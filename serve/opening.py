@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+from llmc.adapter import Adapter
 from llmc.config import Strict
+from llmc.engine import describe
 from llmc.errors import UserError
 from llmc.serve.engine import MAX_QUEUE, Engine
 from llmc.serve.runners import GIB, open_runner
@@ -31,6 +36,25 @@ class Settings(Strict):
     deterministic: bool = False
     speculate: str | None = None
     strict: bool = False
+    pooling: Literal["mean", "last"] = "last"
+    lora: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Name -> folder of the low-rank adapters.
+
+        Raises:
+            UserError: One is not given as NAME=FOLDER, or a name is there twice.
+        """
+        found: dict[str, Path] = {}
+        for given in self.lora:
+            name, _, folder = given.partition("=")
+            if not re.fullmatch(r"[\w.:/@-]{1,100}", name) or not folder:
+                raise UserError(f"--lora {given}: expected NAME=FOLDER", param="lora")
+            if name in found or name == self.name:
+                raise UserError(f"--lora {given}: there is another model named '{name}'", param="lora")
+            found[name] = Path(folder)
+        return found
 
 
 def api_keys(settings: Settings) -> tuple[str, ...]:
@@ -53,9 +77,15 @@ def api_keys(settings: Settings) -> tuple[str, ...]:
     return keys + found
 
 
-def open_service(folder: Path, settings: Settings) -> Service:
-    """Open the engine in `folder` for serving; see open_runner for what is raised."""
-    keys = api_keys(settings)
+def open_service(folder: Path, settings: Settings, adapters: Sequence[Adapter] = ()) -> Service:
+    """Open the engine in `folder` for serving; see open_runner for what is raised.
+
+    Args:
+        adapters: Those that the settings name, read for this engine's model.
+    """
+    keys, name = api_keys(settings), settings.name or folder.resolve().name
+    if name in settings.adapters:
+        raise UserError(f"--lora {name}=...: that is the name of the model itself; give it another", param="lora")
     tokenizer = Tokenizer.load(folder)
     runner = open_runner(
         folder,
@@ -63,6 +93,7 @@ def open_service(folder: Path, settings: Settings) -> Service:
         max_sequences=settings.max_sequences,
         cache_gib=settings.kv_cache_gib,
         deterministic=settings.deterministic,
+        adapters=adapters,
     )
     speculation = None
     if (how := settings.speculate) is not None:
@@ -76,14 +107,18 @@ def open_service(folder: Path, settings: Settings) -> Service:
         deterministic=settings.deterministic,
         speculation=speculation,
     )
+    score = describe(folder).spec.score
     return Service(
         engine,
-        settings.name or folder.resolve().name,
+        name,
         int(time.time()),
+        adapters=tuple(adapter.name for adapter in adapters),
         api_keys=keys,
         allow_origins=settings.allow_origin,
         max_body=settings.max_body << 20,
         strict=settings.strict,
+        pad=score.pad if score else None,
+        pooling=settings.pooling,
     )
 
 
@@ -94,8 +129,11 @@ def welcome(service: Service, url: str) -> str:
     chat = service.tokenizer.chat_template is not None
     route = "chat/completions" if chat else "completions"
     body = '{"messages": [{"role": "user", "content": "Hello"}]}' if chat else '{"prompt": "Once upon a time"}'
+    beside = f"  with the adapters {', '.join(service.adapters)}\n" if service.adapters else ""
+    if service.engine.limits.num_scores:
+        route, body = "score", '{"input": "Once upon a time"}'
     return (
-        f"Serving '{service.model}' at {url}\n"
+        f"Serving '{service.model}' at {url}\n{beside}"
         f"  {budget.max_sequences} sequences at a time of {budget.longest} tokens at most, "
         f"{budget.cache_tokens} tokens in the cache ({limits.cache_bytes / GIB:.2f} GiB), "
         f"{budget.max_queue} sequences in the queue\n"

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # "abort" is vLLM's word for a request that its client gave up; OpenAI's API has none.
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+# What is wanted of a prompt in place of a continuation: of the states that the head would read the mean or the last, or
+# what a scoring head says of the last token.
+Pooling = Literal["mean", "last", "score"]
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
 MAX_TOP_LOGPROBS = 20
@@ -105,6 +109,8 @@ class Request:
         cache_salt: What is in the cache is shared among requests of the same salt alone, so that nobody learns from
             the time to the first token what others have asked.
         grammar: The form that the output is bound to.
+        adapter: Name of the low-rank adapter that it is computed with; nothing in the cache is shared with others.
+        pooling: Nothing is generated, and this is wanted of the prompt; `max_tokens` is 0 then.
     """
 
     prompt: tuple[int, ...]
@@ -116,3 +122,15 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     grammar: Grammar | None = None
+    pooling: Pooling | None = None
+    adapter: str = ""
+
+    @property
+    def cache_scope(self) -> str:
+        """What is in the cache is of use to requests of the same."""
+        return f"{self.adapter}\0{self.cache_salt}"
+
+    @property
+    def every_row(self) -> bool:
+        """Something is wanted of each of the prompt's tokens, so that none may be reused."""
+        return self.prompt_logprobs or self.pooling == "mean"

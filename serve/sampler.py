@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmc.errors import EngineError
+from llmc.errors import EngineError, UserError
 from llmc.serve.grammar import Matcher
 from llmc.serve.request import Sampling
 
@@ -95,10 +95,14 @@ class Sampler:
 
         Raises:
             EngineError: There is nothing to choose from, because the logits are not finite.
-            UserError: The grammar has no way on.
+            UserError: The grammar has no way on, or the request's own settings leave no token.
         """
         row = logits if self._plain else self._adjusted(logits)
         best = int(row.argmax())
+        if row[best] == -np.inf and logits[logits.argmax()] > -np.inf:
+            raise UserError(
+                "allowed_token_ids, min_tokens and the form of the output together leave no token to choose"
+            )
         # argmax finds a NaN before anything else.
         if not np.isfinite(row[best]):
             raise EngineError(f"the model's logits are not finite (token {best}: {row[best]}): nothing can be sampled")

@@ -143,6 +143,12 @@ class Scheduler(Generic[S]):
         planned = sum(item.length for item in work)
         return min(self.budget.max_step_tokens - planned, self.budget.cache_tokens - self.held_tokens)
 
+    @property
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Low-rank adapters of the running sequences, and of the waiting."""
+        running, waiting = ({each.request.adapter for each in some} - {""} for some in (self.running, self.waiting))
+        return running, waiting
+
     def limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The length at which a sequence ends.
 
@@ -230,7 +236,7 @@ class Scheduler(Generic[S]):
         count = min(missing, max(most, uncut))
         if (block := self.budget.block) is not None and sequence.prefilling:
             count = min(sequence.num_prompt - sequence.computed, max(uncut, block - sequence.computed % block))
-        if sequence.request.prompt_logprobs and sequence.prefilling:
+        if sequence.request.every_row and sequence.prefilling:
             return Work(sequence, sequence.computed, count, count)
         return Work(sequence, sequence.computed, count, int(count == missing))
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,9 +14,14 @@ from pydantic import ValidationError
 from llmc.config import explain
 from llmc.converters import own
 from llmc.converters.reader import Reader
-from llmc.converters.rules import Family
+from llmc.converters.rules import Family, Rule
 from llmc.errors import UnsupportedModelError
-from llmc.spec import ModelSpec
+from llmc.spec import ModelSpec, Score
+
+# Of a class in transformers: what its name ends with when it predicts tokens, and when it has a scoring head instead.
+_HEADS, _SCORED = ("ForCausalLM", "LMHeadModel"), "ForSequenceClassification"
+# Which is called the same in every family.
+_SCORE = Rule("score.weight", "score.weight")
 
 
 @functools.cache
@@ -23,7 +29,7 @@ def load_all() -> dict[str, Family]:
     """Every family by its name."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
     found: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules]
-    return {family.name: family for family in found}
+    return {family.name: replace(family, rules=(*family.rules, _SCORE)) for family in found}
 
 
 def by_name(name: str) -> Family:
@@ -55,18 +61,50 @@ def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSp
         (family for family in load_all().values() if not family.sign or config.get(family.sign)),
         key=lambda family: family.sign,
     )
-    known = {architecture: family for family in fitting for architecture in family.architectures}
+    plain = {architecture: family for family in fitting for architecture in family.architectures}
+    known = plain | {_scored(name): family for name, family in plain.items()}
     names = met if isinstance(met, list) else []
-    family = next((known[name] for name in names if name in known), None)
-    if family is None and own.ARCHITECTURE not in names:
+    name = next((name for name in names if name in known), None)
+    if name is None and own.ARCHITECTURE not in names:
         raise UnsupportedModelError(
-            f"{where}: 'architectures' is {met!r}, which llmc does not support; it supports {', '.join(known)}"
+            f"{where}: 'architectures' is {met!r}, which llmc does not support; it supports {', '.join(plain)}, and "
+            f"what these are with a scoring head ({_SCORED})"
         )
     reader = Reader(config, str(where))
     try:
-        if family is None:
+        if name is None:
             spec = own.read(reader)
             return own.form(spec), spec
-        return family, family.read(reader)
+        family, spec = known[name], known[name].read(reader)
+        return family, _with_score(spec, Reader(config, str(where))) if name not in plain else spec
     except ValidationError as error:
         raise UnsupportedModelError(f"{where}: {explain(error, ModelSpec)[0]}") from None
+
+
+def write_config(family: Family, spec: ModelSpec) -> dict[str, Any]:
+    """A config from which `read_spec` makes this spec; see `Family.write`."""
+    config = family.write(spec)
+    if spec.score is None:
+        return config
+    labels = {str(label): f"LABEL_{label}" for label in range(spec.score.labels)}
+    return config | {
+        "architectures": [_scored(config["architectures"][0])],
+        "id2label": labels,
+        "label2id": {name: int(label) for label, name in labels.items()},
+        "pad_token_id": spec.score.pad,
+    }
+
+
+def _scored(architecture: str) -> str:
+    """The class with a scoring head, of the one that predicts tokens; itself where there is none."""
+    stem = next((architecture.removesuffix(head) for head in _HEADS if architecture.endswith(head)), None)
+    return architecture if stem is None else stem + _SCORED
+
+
+def _with_score(spec: ModelSpec, reader: Reader) -> ModelSpec:
+    """transformers counts the labels by their names, and takes two for granted (configuration_utils.py, num_labels)."""
+    names = reader.section("id2label")
+    labels = reader.integer("num_labels", 2) if names is None else len(names)
+    pad = reader.integer("pad_token_id", -1)
+    score = Score(labels=labels, pad=pad if pad >= 0 else None)
+    return ModelSpec.model_validate(spec.model_dump() | {"tied": False, "score": score})

@@ -24,4 +24,4 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     return write_decoder(spec, "Qwen3ForCausalLM", attention_bias=bias, **write_layer_windows(spec))
 
 
-FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), read, write, llama.RULES, llama.DROPPED)
+FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), read, write, llama.RULES, llama.DROPPED, prefix="model.")

@@ -24,9 +24,16 @@ import click
     show_default=True,
     help="Of products with quantized weights: int8 is faster, float32 does not depend on what else is in the batch.",
 )
+@click.option("--lora", is_flag=True, help="LoRA adapters can be served beside it (llmc serve --lora).")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def command(
-    checkpoint: Path, out: Path, max_length: int | None, kv_cache: str | None, arithmetic: str, overwrite: bool
+    checkpoint: Path,
+    out: Path,
+    max_length: int | None,
+    kv_cache: str | None,
+    arithmetic: str,
+    lora: bool,
+    overwrite: bool,
 ) -> None:
     """Make the engine folder OUT, that can be served, from a checkpoint.
 
@@ -44,11 +51,15 @@ def command(
             max_length=max_length,
             kv_cache=kv_cache,  # type: ignore[arg-type]
             arithmetic=arithmetic,  # type: ignore[arg-type]
+            lora=lora,
             overwrite=overwrite,
             progress=lambda done, total: progress("writing megabytes", done // 1_000_000, total // 1_000_000),
         )
     weights = ", ".join(f"{count} x {name}" for name, count in engine.weights.items())
     click.echo(f"{out}: {engine.spec.family} engine, {folder_size(out)}, {time.perf_counter() - began:.1f} s")
     click.echo(f"  matrices   {weights}")
+    if engine.spec.score:
+        click.echo(f"  head       scores of {engine.spec.score.labels} labels")
     click.echo(f"  KV cache   {engine.kv_cache}, up to {engine.max_length} tokens a sequence")
-    click.echo(f"next: llmc serve {out}    (or: llmc generate {out} --prompt ...)")
+    other = f"score {out} FILE" if engine.spec.score else f"generate {out} --prompt ..."
+    click.echo(f"next: llmc serve {out}    (or: llmc {other})")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -28,7 +27,7 @@ def command(
     The first FOLDER is the baseline. Engines run as they are served, checkpoints on the (slow) reference decoder.
     """
     from llmc import text as texts
-    from llmc.commands import report
+    from llmc.commands import report, runners
     from llmc.commands.progress import shown
     from llmc.evaluate.agreement import Subject, compare
     from llmc.tokenizer import Tokenizer
@@ -37,7 +36,7 @@ def command(
     with ExitStack() as stack, shown() as progress:
         opened = []
         for folder in folders:
-            opened.append(_open(folder, window or DEFAULT_WINDOW))
+            opened.append(runners.open_any(folder, window or DEFAULT_WINDOW))
             stack.callback(opened[-1][1].close)
         length = window or min(DEFAULT_WINDOW, *(runner.limits.max_length for _, runner in opened))
         subjects = [
@@ -48,20 +47,3 @@ def command(
     report.evaluation(rows)
     if json_path:
         json_path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def _open(folder: Path, window: int) -> tuple[str, Any]:
-    """The kind of a folder, and a runner for it."""
-    from llmc import manifest as manifests
-
-    kind = manifests.read(folder).kind
-    if kind == "engine":
-        from llmc.serve.runners import open_runner
-
-        return kind, open_runner(folder, max_sequences=1)
-    from llmc.need import need
-
-    need("torch")
-    from llmc.evaluate.reference import open_reference
-
-    return kind, open_reference(folder, max_sequences=1, max_length=window)

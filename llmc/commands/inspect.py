@@ -19,6 +19,7 @@ def command(folder: Path, as_json: bool, quick: bool) -> None:
 
     from llmc import manifest as manifests
     from llmc import verified
+    from llmc.commands import runners
     from llmc.commands.report import human
 
     found = manifests.read(folder)
@@ -34,6 +35,9 @@ def command(folder: Path, as_json: bool, quick: bool) -> None:
     for line in manifests.lineage(found):
         table.add_row("made from", line)
     table.add_row("with", ", ".join(f"{name} {version}" for name, version in found.tools.items()))
+    if found.kind in ("checkpoint", "engine") and (score := runners.spec_of(folder).score):
+        end = "" if score.pad is None else f" that is not {score.pad}"
+        table.add_row("scoring head", f"{score.labels} labels, of the last token{end}")
     for section in (found.settings, found.notes):
         for name, value in section.items():
             table.add_row(name, value if isinstance(value, str) else json.dumps(value))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @click.option("--speculate", metavar="ngram[:K]|draft=ENGINE", help="Draft tokens that are checked in one step.")
 @click.option("--deterministic", is_flag=True, help="The same tokens whatever else runs; checked at the start.")
 @click.option("--strict", is_flag=True, help="Refuse unknown fields; else ignored, with a Warning header.")
+@click.option("--lora", multiple=True, metavar="NAME=FOLDER", help="Serve a PEFT adapter beside it; repeatable.")
+@click.option("--pooling", type=click.Choice(["mean", "last"]), default="last", show_default=True, help="Embeddings.")
 @click.option("--drain-timeout", default=60, show_default=True, type=click.IntRange(0), help="Seconds after SIGTERM.")
 def command(engine: Path, host: str, port: int, drain_timeout: int, **options: Any) -> None:
     """Serve the engine in the folder ENGINE: OpenAI's API, /health, /ready, /metrics, and PaddleNLP's /api/chat."""
@@ -43,11 +45,19 @@ def command(engine: Path, host: str, port: int, drain_timeout: int, **options: A
     settings = Settings(**options)
     manifest.read(engine, "engine")
     api_keys(settings)
+    folders = settings.adapters
 
     def load() -> Service:
+        from llmc.engine import describe
         from llmc.serve.opening import open_service
 
-        return open_service(engine, settings)
+        adapters = []
+        if folders:
+            from llmc.converters import lora
+
+            spec = describe(engine).spec
+            adapters = [lora.read(name, folder, spec) for name, folder in folders.items()]
+        return open_service(engine, settings, adapters)
 
     def announce(service: Service, url: str) -> None:
         from llmc.serve.opening import welcome

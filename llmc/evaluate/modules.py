@@ -49,7 +49,7 @@ def open_hugging_face(folder: Path, **about: Any) -> Side:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = _loader(transformers, folder).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
     except Exception as error:
@@ -70,7 +70,18 @@ def open_hugging_face(folder: Path, **about: Any) -> Side:
         for found in model.modules()
         if isinstance(found, nn.ModuleList) and len(found) == config.num_hidden_layers
     )
+    if hasattr(model, "score"):
+        # The model itself gives the scores of one token.
+        body = model.base_model
+        return _side("hf", layers, lambda tokens: model.score(body(tokens, use_cache=False).last_hidden_state), **about)
     return _side("hf", layers, lambda tokens: model(tokens, use_cache=False).logits, **about)
+
+
+def _loader(transformers: Any, folder: Path) -> Any:
+    """transformers' class for what the folder says it has: a head that predicts tokens, or one that scores."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    is_scorer = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return transformers.AutoModelForSequenceClassification if is_scorer else transformers.AutoModelForCausalLM
 
 
 def _side(kind: str, layers: nn.ModuleList, logits_of: Callable[[Tensor], Tensor], **about: Any) -> Side:

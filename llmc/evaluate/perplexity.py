@@ -76,6 +76,8 @@ def predictions(runner: Runner, window: Tokens, score: Score) -> Iterator[tuple[
     Time spent in the runner is added to `score`.
     """
     inputs, targets = window[:-1], window[1:]
+    if runner.limits.num_scores:
+        raise UserError("this model gives scores and predicts no tokens, so it has no perplexity: see llmc score")
     if len(inputs) > runner.limits.max_length:
         raise UserError(
             f"a window of {len(window)} tokens does not fit: this model's sequences have at most "

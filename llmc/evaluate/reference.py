@@ -36,13 +36,15 @@ class ReferenceRunner:
         context: int | None = None,
     ) -> None:
         length = max_length or decoder.spec.max_positions
-        prefix = decoder.spec.prefix
+        spec = decoder.spec
         self._limits = Limits(
-            max_sequences,
-            length,
-            cache_tokens or max_sequences * length,
-            decoder.spec.vocab_size,
-            prefix.end if prefix else None,
+            max_sequences=max_sequences,
+            max_length=length,
+            cache_tokens=cache_tokens or max_sequences * length,
+            vocab_size=spec.vocab_size,
+            prefix_end=spec.prefix.end if spec.prefix else None,
+            state_size=spec.embedding_size or spec.hidden_size,
+            num_scores=spec.score.labels if spec.score else 0,
         )
         self._decoder = decoder
         self._context = context or length
@@ -81,8 +83,9 @@ class ReferenceRunner:
         if chunk.start + len(chunk.tokens) > self._limits.max_length:
             raise EngineError(f"sequence {chunk.sequence_id} is longer than {self._limits.max_length} tokens")
         hidden = self._decoder.hidden(torch.from_numpy(chunk.tokens)[None], cache=cache, context=self._context)[0]
-        logits: Logits = self._decoder.logits(hidden[len(hidden) - chunk.logits :]).numpy()
-        return logits
+        wanted = hidden[len(hidden) - chunk.logits :]
+        found: Logits = (wanted if chunk.states else self._decoder.logits(wanted)).numpy()
+        return found
 
     def truncate(self, sequence_id: int, length: int) -> None:
         """See Runner."""

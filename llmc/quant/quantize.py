@@ -161,6 +161,7 @@ def quantize(
     progress = progress or (lambda *_: None)
     checkpoint = Checkpoint(source)
     recipe = check_recipe(checkpoint, recipe)
+    judge = _judge_of(checkpoint, judge, max_increase)
     manifests.check_target(target, overwrite=overwrite)
     calibration = _needed(recipe, calibration)
     windows = _windows(checkpoint, calibration) if calibration else []
@@ -284,6 +285,15 @@ def _kinds(matrices: Sequence[str]) -> list[str]:
     """Names with layers left open: embed, layers.*.attn.q, ..."""
     parts = (name.split(".") for name in matrices)
     return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name) for name in parts))
+
+
+def _judge_of(checkpoint: Checkpoint, judge: Judge | None, max_increase: float | None) -> Judge | None:
+    """Perplexity is of models that predict tokens."""
+    if checkpoint.spec.score is None:
+        return judge
+    if max_increase is not None:
+        raise UserError(f"{checkpoint.folder} gives scores: it has no perplexity to limit", param="max_ppl_increase")
+    return None
 
 
 def _needed(recipe: QuantRecipe, calibration: Calibration | None) -> Calibration | None:

@@ -61,6 +61,8 @@ REFUSED_BY_RESPONSES: Mapping[str, Collection[Any]] = {
 }
 
 Count = Annotated[int, Field(ge=0, le=2**31)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Salt = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(Strict):
@@ -83,8 +85,8 @@ class Body(Sampling, Formed):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Priority = 0
+    cache_salt: Salt | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Body:
@@ -102,7 +104,7 @@ class Body(Sampling, Formed):
         return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
 
 
-def _prompts(value: Any) -> Any:
+def list_of_prompts(value: Any) -> Any:
     """A string, tokens, or a list of these -> a list."""
     if isinstance(value, str):
         return [value]
@@ -116,7 +118,7 @@ class CompletionBody(Body):
 
     prompt: Annotated[
         list[str] | list[list[int]],
-        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        BeforeValidator(list_of_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
         Field(max_length=MAX_PROMPTS),
     ]
     max_tokens: Count = 16

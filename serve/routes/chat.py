@@ -26,7 +26,7 @@ def register(app: Flask, service: Service) -> None:
     @app.post("/v1/chat/completions")
     def chat() -> Response:
         body = read_body(ChatBody, strict=service.strict, refused=REFUSED_BY_CHAT, ignored=IGNORED)
-        service.check_model(body.model)
+        model = service.check_model(body.model)
         form = format_of(service.tokenizer) if body.offered else None
         service.check_length("".join(message.text for message in body.messages), "messages")
         ids = chat_ids(
@@ -36,18 +36,18 @@ def register(app: Flask, service: Service) -> None:
             add_generation_prompt=body.add_generation_prompt,
             **body.chat_template_kwargs,
         )
-        handle = service.engine.submit(body.request(ids, _grammar(service, body, form)))
+        handle = service.submit(model, body.request(ids, _grammar(service, body, form)))
         names = {each["function"]["name"] for each in body.offered}
 
         def parser() -> CallParser | None:
             return None if form is None else CallParser(form, names)
 
         if body.stream:
-            envelope = Envelope("chat.completion.chunk", service.model, "chatcmpl")
+            envelope = Envelope("chat.completion.chunk", model, "chatcmpl")
             encode = _encoder(service, envelope, body.include_usage, parser)
             return sse(service, handle, envelope, encode, body.include_usage)
         try:
-            return jsonify(_answer(service, handle, body.logprobs, parser))
+            return jsonify(_answer(service, model, handle, body.logprobs, parser))
         except ClientGone:
             return abandoned()
 
@@ -59,7 +59,7 @@ def _grammar(service: Service, body: ChatBody, form: Format | None) -> Grammar |
     return service.grammar([enforced(form, service.tokenizer, body.forced, most)])
 
 
-def _answer(service: Service, handle: Handle, logprobs: bool, parser: NewParser) -> dict[str, Any]:
+def _answer(service: Service, model: str, handle: Handle, logprobs: bool, parser: NewParser) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in range(handle.choices)]
     reasons: list[str | None] = [None] * handle.choices
     details: list[list[dict[str, Any]]] = [[] for _ in range(handle.choices)]
@@ -74,7 +74,7 @@ def _answer(service: Service, handle: Handle, logprobs: bool, parser: NewParser)
         entry = {"content": details[index], "refusal": None} if logprobs else None
         ended = "tool_calls" if called and reasons[index] == "stop" else reasons[index]
         choices.append({"index": index, "message": message, "logprobs": entry, "finish_reason": ended})
-    return Envelope("chat.completion", service.model, "chatcmpl").whole(choices, handle)
+    return Envelope("chat.completion", model, "chatcmpl").whole(choices, handle)
 
 
 def _message(text: str, parser: CallParser | None) -> tuple[dict[str, Any], bool]:

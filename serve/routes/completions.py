@@ -58,16 +58,16 @@ def register(app: Flask, service: Service) -> None:
             refused=REFUSED_BY_COMPLETIONS,
             ignored=IGNORED | {"parallel_tool_calls"},
         )
-        service.check_model(body.model)
+        model = service.check_model(body.model)
         for each in body.prompt:
             if isinstance(each, str):
                 service.check_length(each, "prompt")
         prompts = [each if isinstance(each, list) else completion_ids(service.tokenizer, each) for each in body.prompt]
         grammar = service.grammar(body.constraints)
-        handle = service.engine.submit(*(body.request(ids, grammar) for ids in prompts))
+        handle = service.submit(model, *(body.request(ids, grammar) for ids in prompts))
         choices = _choices(service, body, prompts)
         if body.stream:
-            envelope = Envelope("text_completion", service.model, "cmpl")
+            envelope = Envelope("text_completion", model, "cmpl")
             return sse(service, handle, envelope, _encoder(choices, envelope, body.include_usage), body.include_usage)
         try:
             return jsonify(_answer(service, handle, choices, body))
@@ -97,7 +97,7 @@ def _answer(service: Service, handle: Handle, choices: list[_Choice], body: Comp
         {"index": index, "text": each.text, "logprobs": each.logprobs(), "finish_reason": each.reason}
         for index, each in enumerate(each for group in groups for each in group)
     ]
-    return Envelope("text_completion", service.model, "cmpl").whole(found, handle)
+    return Envelope("text_completion", body.model or service.model, "cmpl").whole(found, handle)
 
 
 def _encoder(choices: list[_Choice], envelope: Envelope, include_usage: bool) -> Callable[[list[Event]], bytes]:

@@ -19,12 +19,13 @@ def register(app: Flask, service: Service) -> None:
         # vLLM's name for the longest context.
         "max_model_len": service.engine.budget.longest,
     }
+    cards = [card, *(card | {"id": name, "parent": service.model} for name in service.adapters)]
 
     @app.get("/v1/models")
     def models() -> Response:
-        return jsonify({"object": "list", "data": [card]})
+        return jsonify({"object": "list", "data": cards})
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        service.check_model(name)
-        return jsonify(card)
+        found = service.check_model(name)
+        return jsonify(next(each for each in cards if each["id"] == found))

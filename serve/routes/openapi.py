@@ -10,8 +10,10 @@ from pydantic.json_schema import models_json_schema
 
 import llmc
 from llmc.serve.routes.bodies import ChatBody, CompletionBody
+from llmc.serve.routes.embeddings import EmbeddingBody
 from llmc.serve.routes.paddle import PaddleBody
 from llmc.serve.routes.responses import ResponsesBody
+from llmc.serve.routes.score import RerankBody, ScoreBody
 from llmc.serve.routes.tokens import DetokenizeBody, TokenizeBody
 from llmc.serve.service import Service
 
@@ -20,6 +22,9 @@ POSTS: dict[str, tuple[str, type[BaseModel]]] = {
     "/v1/chat/completions": ("Answer a conversation.", ChatBody),
     "/v1/completions": ("Continue a text.", CompletionBody),
     "/v1/responses": ("Answer a conversation, in the newer form.", ResponsesBody),
+    "/v1/embeddings": ("Texts as vectors.", EmbeddingBody),
+    "/v1/score": ("What a scoring head says of texts.", ScoreBody),
+    "/v1/rerank": ("Documents by their scores.", RerankBody),
     "/tokenize": ("Text to tokens.", TokenizeBody),
     "/detokenize": ("Tokens to text.", DetokenizeBody),
     "/api/chat": ("The chat of PaddleNLP's Flask server.", PaddleBody),

@@ -6,6 +6,7 @@ is shutting down. The metrics bear vLLM's names and meanings, with `llmc:` in fr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from flask import Flask, Response, jsonify
@@ -61,6 +62,7 @@ class _Metrics(Collector):
         """See prometheus_client."""
         engine, stats = self._service.engine, self._service.engine.stats
         yield self._gauge("num_requests_running", "Sequences in the running batch.", engine.num_running)
+        yield from self._adapters()
         yield self._gauge("num_requests_waiting", "Sequences in the queue.", engine.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", engine.cache_usage)
         yield self._gauge("kv_cache_max_bytes", "Memory of the KV cache at most.", engine.limits.cache_bytes)
@@ -92,6 +94,20 @@ class _Metrics(Collector):
         }
         for name, (text, histogram) in seconds.items():
             yield self._histogram(name, text, histogram)
+
+    def _adapters(self) -> Iterator[Family]:
+        """Which low-rank adapters have work, as vLLM tells routers: in labels, the value being the time."""
+        if not self._service.adapters:
+            return
+        running, waiting = self._service.engine.adapters
+        labels = {
+            "max_lora": str(len(self._service.adapters)),
+            "running_lora_adapters": ",".join(sorted(running)),
+            "waiting_lora_adapters": ",".join(sorted(waiting)),
+        }
+        family = GaugeMetricFamily("llmc:lora_requests_info", "Adapters with requests.", labels=list(labels))
+        family.add_metric(list(labels.values()), time.time())
+        yield family
 
     def _gauge(self, name: str, text: str, value: float) -> Family:
         family = GaugeMetricFamily(f"llmc:{name}", text, labels=["model_name"])

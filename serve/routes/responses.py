@@ -132,12 +132,12 @@ def register(app: Flask, service: Service) -> None:
     @app.post("/v1/responses")
     def responses() -> Response:
         body = read_body(ResponsesBody, strict=service.strict, refused=REFUSED_BY_RESPONSES, ignored=ignored)
-        service.check_model(body.model)
+        model = service.check_model(body.model)
         messages = body.messages()
         service.check_length("".join(message["content"] for message in messages), "input")
         ids = chat_ids(service.tokenizer, messages)
-        handle = service.engine.submit(body.request(ids, service.grammar(body.text.format.constraints)))
-        answer = _Answer(service.model, body, handle)
+        handle = service.submit(model, body.request(ids, service.grammar(body.text.format.constraints)))
+        answer = _Answer(model, body, handle)
         if body.stream:
             return stream(
                 service,

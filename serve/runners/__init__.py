@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
+from llmc.adapter import Adapter
 from llmc.engine import open_engine
 from llmc.errors import UserError
 from llmc.runtime import Runner
 
-# backend -> module with `open_runner(folder, engine, threads=, max_sequences=, cache_tokens=, deterministic=)`.
 GIB = 1 << 30
+
+# backend -> module whose `open_runner(folder, engine, ...)` takes the other arguments of the one below by name.
 RUNNERS = {"ort": "llmc.serve.runners.ort"}
 
 
@@ -22,6 +25,7 @@ def open_runner(
     cache_tokens: int | None = None,
     cache_gib: float | None = None,
     deterministic: bool = False,
+    adapters: Sequence[Adapter] = (),
 ) -> Runner:
     """Open an engine.
 
@@ -32,12 +36,14 @@ def open_runner(
             that is free now.
         cache_gib: The same as memory, in GiB, instead of `cache_tokens`.
         deterministic: Reuse from the cache only what was computed in whole blocks; see llmc/serve/invariance.py.
+        adapters: Low-rank adapters to keep beside the model; `Chunk.adapter` names one.
 
     Raises:
         UserError: `cache_gib` is too little for one sequence of the greatest length.
         ManifestError: `folder` is not an engine, is of another schema, or was changed.
         MissingDependencyError: The backend's package is not installed.
         EngineError: The backend cannot load it.
+        UserError: The engine does not take one of the adapters.
     """
     engine = open_engine(folder)
     if cache_gib is not None:
@@ -57,5 +63,6 @@ def open_runner(
         max_sequences=max_sequences,
         cache_tokens=cache_tokens,
         deterministic=deterministic,
+        adapters=adapters,
     )
     return runner

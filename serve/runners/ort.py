@@ -21,17 +21,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmc.adapter import Adapter
 from llmc.engine import Engine
 from llmc.errors import EngineError
 from llmc.need import need
 from llmc.runtime import Chunk, Limits, Logits
 from llmc.serve import invariance
+from llmc.serve.runners.ort_adapters import NONE, Adapters, Span
 from llmc.serve.runners.slots import SlotTable
 
 Array = npt.NDArray[Any]
 
 MODEL = "model.onnx"
+LOGITS, HIDDEN = "logits", "hidden"
 DEFAULT_SEQUENCES = 16
+BINDINGS = 256  # kept at most: there are as many as sizes of batches, times sets of adapters
 CACHE_SHARE = 0.5  # of the memory that is free when the engine is opened
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python from 3.13 on
 
@@ -91,14 +95,24 @@ class _DecodeBatch:
     total: Array
     prefix: Array
     logits: Logits
+    masks: dict[str, Array]
     keep: list[Any]
 
 
 class OrtRunner:
     """An engine of the backend "ort", opened. Implements `llmc.runtime.Runner`."""
 
-    def __init__(self, session: Any, engine: Engine, limits: Limits, *, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        session: Any,
+        engine: Engine,
+        limits: Limits,
+        *,
+        deterministic: bool = False,
+        adapters: Sequence[Adapter] = (),
+    ) -> None:
         self._ort = need("onnxruntime")
+        self._adapters = Adapters(engine.spec, [each.name for each in session.get_inputs()], adapters)
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
@@ -106,8 +120,11 @@ class OrtRunner:
         self._table = SlotTable(
             self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix, block
         )
-        self._decode_batch = lru_cache(maxsize=None)(self._bind_decode_batch)
-        self._slot_binding = lru_cache(maxsize=None)(self._bind_slots)
+        # Of all decoding batches: one is computed at a time, and a row can be 600 kB.
+        self._logits = np.zeros((limits.max_sequences, limits.width), np.float32)
+        most = max(BINDINGS, limits.max_sequences)
+        self._decode_batch = lru_cache(maxsize=most)(self._bind_decode_batch)
+        self._slot_binding = lru_cache(maxsize=most)(self._bind_slots)
 
     @property
     def limits(self) -> Limits:
@@ -129,11 +146,11 @@ class OrtRunner:
             for chunk in chunks:
                 self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
             self._table.trim()
-            singles = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+            singles = [chunk for chunk in chunks if len(chunk.tokens) == 1 and not chunk.states]
             if singles:
                 self._decode(singles, results)
             for chunk in chunks:
-                if len(chunk.tokens) > 1:
+                if chunk.sequence_id not in results:
                     results[chunk.sequence_id] = self._prefill(chunk)
         except Exception as error:
             for chunk in chunks:
@@ -152,7 +169,10 @@ class OrtRunner:
         """One token of each of several sequences."""
         by_id = {chunk.sequence_id: chunk for chunk in chunks}
         order = [by_id[sequence_id] for sequence_id in self._table.line_up(list(by_id))]
-        batch = self._decode_batch(len(order))
+        wanted = [chunk.adapter for chunk in order]
+        span = self._adapters.span(wanted)
+        batch = self._decode_batch(len(order), span)
+        self._adapters.fill(batch.masks, wanted, span)
         batch.tokens[:, 0] = [int(chunk.tokens[0]) for chunk in order]
         batch.seqlens[:] = [chunk.start for chunk in order]
         batch.total[...] = batch.seqlens.max() + 1
@@ -164,26 +184,33 @@ class OrtRunner:
     def _prefill(self, chunk: Chunk) -> Logits:
         """Several tokens of one sequence."""
         count = len(chunk.tokens)
-        binding, _ = self._slot_binding(self._table[chunk.sequence_id].index, 1)
-        end = chunk.start + count
-        logits = np.empty((chunk.logits, self._limits.vocab_size), np.float32)
+        slot, end = self._table[chunk.sequence_id].index, chunk.start + count
+        # What was bound once stays bound: an output that is rarely wanted has a binding of its own.
+        span = self._adapters.span([chunk.adapter])
+        binding, _ = self._bind_slots(slot, 1, span) if chunk.states else self._slot_binding(slot, 1, span)
+        masks = self._adapters.masks(count, span)
+        self._adapters.fill(masks, [chunk.adapter], span)
+        rows = 0 if chunk.states else chunk.logits
+        shape = (count, self._limits.state_size) if chunk.states else (rows, self._limits.width)
+        found = np.empty(shape, np.float32)
         keep = self._bind(
             binding,
             {
                 "tokens": np.asarray(chunk.tokens, np.int64)[None],
-                "rows": np.arange(count - chunk.logits, count),
+                "rows": np.arange(count - rows, count),
                 "seqlens_k": np.array([end - 1], np.int32),
                 "total_sequence_length": np.array(end, np.int32),
                 "prefix": np.array([self._table[chunk.sequence_id].span]),
+                **masks,
             },
-            logits,
+            {HIDDEN if chunk.states else LOGITS: found},
         )
         self._session.run_with_iobinding(binding)
         del keep
-        return logits
+        return found[len(found) - chunk.logits :]
 
-    def _bind(self, binding: Any, inputs: dict[str, Array], logits: Logits) -> list[Any]:
-        """Bind inputs and logits; the result must live as long as the binding is run with them.
+    def _bind(self, binding: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> list[Any]:
+        """Bind inputs and outputs; the result must live as long as the binding is run with them.
 
         Args:
             inputs: Among them the prefix, which most engines do not ask for.
@@ -194,13 +221,15 @@ class OrtRunner:
                 continue
             keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
             binding.bind_ortvalue_input(name, keep[-1])
-        keep.append(self._ort.OrtValue.ortvalue_from_numpy(logits))
-        binding.bind_ortvalue_output("logits", keep[-1])
+        for name, values in outputs.items():
+            keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
+            binding.bind_ortvalue_output(name, keep[-1])
         return keep
 
-    def _bind_slots(self, first: int, count: int) -> tuple[Any, list[Any]]:
-        """A binding whose caches are `count` slots from `first` on."""
-        binding, keep = self._session.io_binding(), []
+    def _bind_slots(self, first: int, count: int, span: Span = NONE) -> tuple[Any, list[Any]]:
+        """A binding whose caches are `count` slots from `first` on, with the adapters of a span."""
+        binding = self._session.io_binding()
+        keep = self._bind(binding, self._adapters.stacks(span), {})
         for name, array in self._cache.arrays.items():
             value = self._ort.OrtValue.ortvalue_from_numpy(array[first : first + count])
             binding.bind_ortvalue_input(f"past.{name}", value)
@@ -208,10 +237,11 @@ class OrtRunner:
             keep.append(value)
         return binding, keep
 
-    def _bind_decode_batch(self, count: int) -> _DecodeBatch:
-        binding, keep = self._bind_slots(0, count)
+    def _bind_decode_batch(self, count: int, span: Span) -> _DecodeBatch:
+        binding, keep = self._bind_slots(0, count, span)
+        masks = self._adapters.masks(count, span)
         tokens, seqlens = np.zeros((count, 1), np.int64), np.zeros(count, np.int32)
-        total, logits = np.zeros((), np.int32), np.zeros((count, self._limits.vocab_size), np.float32)
+        total, logits = np.zeros((), np.int32), self._logits[:count]
         prefix = np.zeros((count, 2), np.int64)
         inputs: dict[str, Array] = {
             "tokens": tokens,
@@ -219,9 +249,10 @@ class OrtRunner:
             "seqlens_k": seqlens,
             "total_sequence_length": total,
             "prefix": prefix,
+            **masks,
         }
-        keep += self._bind(binding, inputs, logits)
-        return _DecodeBatch(binding, tokens, seqlens, total, prefix, logits, keep)
+        keep += self._bind(binding, inputs, {LOGITS: logits})
+        return _DecodeBatch(binding, tokens, seqlens, total, prefix, logits, masks, keep)
 
 
 def open_runner(
@@ -232,6 +263,7 @@ def open_runner(
     max_sequences: int | None,
     cache_tokens: int | None,
     deterministic: bool = False,
+    adapters: Sequence[Adapter] = (),
 ) -> OrtRunner:
     """Open the engine in `folder`; see `llmc.serve.runners.open_runner`."""
     ort = need("onnxruntime")
@@ -251,8 +283,11 @@ def open_runner(
         vocab_size=engine.spec.vocab_size,
         prefix_end=engine.spec.prefix.end if engine.spec.prefix else None,
         token_bytes=engine.cache_token_bytes,
+        num_scores=engine.spec.score.labels if engine.spec.score else 0,
+        # Engines of older versions have no such output.
+        state_size=next((each.shape[1] for each in session.get_outputs() if each.name == HIDDEN), 0),
     )
-    return OrtRunner(session, engine, limits, deterministic=deterministic)
+    return OrtRunner(session, engine, limits, deterministic=deterministic, adapters=adapters)
 
 
 def _affordable_tokens(engine: Engine) -> int:

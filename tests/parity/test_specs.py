@@ -17,7 +17,7 @@ from llmc.builders import ort as builder
 from llmc.model import Decoder
 from llmc.runtime import Chunk
 from llmc.serve.runners import open_runner
-from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Prefix, Rope
+from llmc.spec import Alibi, Attention, Learned, Mlp, ModelSpec, Moe, Norm, Prefix, Rope, Score
 from llmc.tensors import TensorInfo
 
 TOKENS = np.array(tiny.tokens(40))
@@ -81,6 +81,9 @@ def any_spec(draw: random.Random) -> ModelSpec:
         if isinstance(position, Rope):
             position = position.model_copy(update={"axes": draw.choice([1, 2]), "half": flag()})
         spec = spec.model_copy(update={"prefix": PREFIX, "position": position})
+    if flag():
+        score = Score(labels=draw.choice([1, 3]))
+        spec = spec.model_copy(update={"score": score, "tied": False, "normalised_head": False})
     return ModelSpec.model_validate_json(spec.model_dump_json())
 
 
@@ -107,6 +110,7 @@ def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
     decoder = random_decoder(spec, seed)
     with torch.inference_mode():
         expected = decoder(torch.from_numpy(TOKENS)[None])[0].numpy()
+        states = decoder.hidden(torch.from_numpy(TOKENS)[None])[0].numpy()
     save(decoder, tmp_path / "checkpoint")
     builder.build(tmp_path / "checkpoint", tmp_path / "engine")
     runner = open_runner(tmp_path / "engine", threads=1, max_sequences=1)
@@ -115,7 +119,11 @@ def test_decoder_and_engine(seed: int, tmp_path: Path) -> None:
     for begin, end in ((0, 20), (20, 21), (21, 22), (22, 40)):
         (part,) = runner.step([Chunk(1, begin, TOKENS[begin:end], end - begin)])
         found.append(part.copy())
+    runner.free(1)
+    runner.claim(2, TOKENS[:1])
+    (read,) = runner.step([Chunk(2, 0, TOKENS, 30, states=True)])
     runner.close()
+    np.testing.assert_allclose(read, states[10:], rtol=0, atol=1e-4 * max(1, np.abs(states).max()))
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
 
 

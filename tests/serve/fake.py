@@ -22,6 +22,7 @@ from llmc.tokenizer import Tokenizer
 
 VOCAB = tiny.VOCAB_SIZE
 TOKEN_BYTES = 8
+STATE_SIZE = 24
 
 
 def tokenizer(folder: Path) -> Tokenizer:
@@ -62,6 +63,7 @@ class FakeRunner:
         delay: Seconds that a step takes.
         eos: See `row`.
         remember: How many freed sequences may be reused.
+        num_scores: The model has a scoring head of so many scores, in place of its other.
 
     Attributes:
         fail_steps: Numbers of steps (from 0) that raise EngineError.
@@ -79,9 +81,18 @@ class FakeRunner:
         delay: float = 0.0,
         eos: int | None = None,
         remember: int = 4,
+        num_scores: int = 0,
     ) -> None:
         held = cache_tokens or max_sequences * max_length
-        self._limits = Limits(max_sequences, max_length, held, vocab_size, TOKEN_BYTES)
+        self._limits = Limits(
+            max_sequences,
+            max_length,
+            held,
+            vocab_size,
+            token_bytes=TOKEN_BYTES,
+            state_size=STATE_SIZE,
+            num_scores=num_scores,
+        )
         self.delay = delay
         self.eos = eos
         self.fail_steps: set[int] = set()
@@ -110,10 +121,13 @@ class FakeRunner:
             assert 1 <= len(tokens) <= self._limits.max_length
             assert len(self.caches) < self._limits.max_sequences, "too many sequences"
             wanted = tokens.tolist()
+            # A scope begins with the adapter's name; what was computed with another one is of no use.
             known = [cache for cache in (*self._remembered, *self.caches.values()) if cache.salt == salt]
             reused = min(max((_shared(wanted, other) for other in known), default=0), len(wanted) - 1)
+            best = next((cache for cache in known if reused and _shared(wanted, cache) >= reused), None)
             self.caches[sequence_id] = _Cache(wanted[:reused])
             self.caches[sequence_id].salt = salt
+            self.caches[sequence_id].adapter = None if best is None else best.adapter
             return reused
 
     def step(self, chunks: Sequence[Chunk]) -> list[Logits]:
@@ -145,13 +159,18 @@ class FakeRunner:
         assert count >= 1
         assert 0 <= chunk.logits <= count
         assert chunk.start == len(cache), f"starts at {chunk.start}, computed are {len(cache)}"
+        assert cache.adapter in (None, chunk.adapter), "computed with another adapter"
+        cache.adapter = chunk.adapter
         cache.extend(chunk.tokens.tolist())
         assert len(cache) <= self._limits.max_length
         ends = range(len(cache) - chunk.logits + 1, len(cache) + 1)
-        rows = [row(cache[:end], self._limits.vocab_size, eos=self.eos) for end in ends]
+        width = self._limits.state_size if chunk.states else self._limits.width
+        rows = [
+            row([*chunk.adapter.encode(), *cache[:end]], width, eos=None if width < VOCAB else self.eos) for end in ends
+        ]
         if self.poison is not None and self.poison in cache:
             rows = [np.full_like(each, np.nan) for each in rows]
-        return np.array(rows, np.float32).reshape(chunk.logits, self._limits.vocab_size)
+        return np.array(rows, np.float32).reshape(chunk.logits, width)
 
     def truncate(self, sequence_id: int, length: int) -> None:
         with _alone(self._inside):
@@ -173,6 +192,7 @@ class _Cache(list[int]):
     """Tokens, and the salt that they were claimed with."""
 
     salt = ""
+    adapter: str | None = None
 
 
 class _alone:  # noqa: N801

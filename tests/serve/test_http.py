@@ -192,7 +192,7 @@ def test_unknown_routes_and_methods(client: FlaskClient) -> None:
         "/v1/",
         "//v1/models",
         "/v1/models/",
-        "/v1/embeddings",
+        "/v1/audio/speech",
         "/x%00y",
         "/v1/../etc/passwd",
         "/static/x",
@@ -221,7 +221,17 @@ def test_too_long_a_prompt_has_openai_s_code(client: FlaskClient) -> None:
     assert "maximum context length is 256 tokens" in error["message"]
 
 
-ROUTES = ["/v1/models", "/v1/models/toy", *GOOD, "/metrics", "/openapi.json", "/nothing"]
+ROUTES = [
+    "/v1/models",
+    "/v1/models/toy",
+    *GOOD,
+    "/v1/embeddings",
+    "/v1/score",
+    "/v1/rerank",
+    "/metrics",
+    "/openapi.json",
+    "/nothing",
+]
 
 
 def test_the_key_protects_every_route_but_two(service: Service) -> None:

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"llmc", "llmc.errors"},
     {"llmc.log", "llmc.config", "llmc.need", "llmc.json_file", "llmc.template"},
     {"llmc.manifest", "llmc.spec", "llmc.tensors", "llmc.runtime"},
-    {"llmc.names", "llmc.engine", "llmc.verified", "llmc.rope", "llmc.alibi", "llmc.prefix"},
+    {"llmc.names", "llmc.adapter", "llmc.engine", "llmc.verified", "llmc.rope", "llmc.alibi", "llmc.prefix"},
     {"llmc.recipe"},
     {"llmc.checkpoint", "llmc.quant.pack"},
     {"llmc.tokenizer"},

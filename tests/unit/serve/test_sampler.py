@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.errors import EngineError
+from llmc.errors import EngineError, UserError
 from llmc.serve.request import Sampling
 from llmc.serve.sampler import Sampler, logprobs
 
@@ -242,3 +242,9 @@ def test_logprobs_are_the_raw_log_softmax() -> None:
         assert [each for each, _ in found.top] == best.indices.tolist()
         assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-6)
         assert found.rank == int((wanted > wanted[token]).sum())
+
+
+def test_settings_that_leave_no_token_are_the_request_s_mistake() -> None:
+    sampling = Sampling(temperature=0, allowed_token_ids=[2], min_tokens=1)
+    with pytest.raises(UserError, match="no token to choose"):
+        Sampler(sampling, (5,), frozenset({2})).sample(np.zeros(8, np.float32))

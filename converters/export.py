@@ -55,13 +55,13 @@ FORMATS = {
     "gptq": Format(
         "llmc.converters.layouts.gptq",
         "AutoGPTQ's packed weights, for transformers with gptqmodel, vLLM and others",
-        "vllm serve {out}",
+        "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
         quantized=True,
     ),
     "awq": Format(
         "llmc.converters.layouts.awq",
         "AutoAWQ's packed weights, for transformers with gptqmodel, vLLM and others",
-        "vllm serve {out}",
+        "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
         quantized=True,
     ),
     "compressed-tensors": Format(
@@ -73,7 +73,7 @@ FORMATS = {
     "modelopt": Format(
         "llmc.converters.layouts.modelopt",
         "NVIDIA Model Optimizer's unified checkpoint, for TensorRT-LLM and vLLM",
-        "trtllm-serve {out}",
+        "llmc convert {out} CHECKPOINT",
         quantized=True,
     ),
 }

@@ -219,7 +219,9 @@ def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
         raise CheckpointError(f"{found.folder} has no tensor '{name}'")
     zero = None if form.symmetric else found[f"{module}.zero"]
     columns = names.tensors(found.spec)[name][1]
-    return pack.dequantize(found[f"{module}.qweight"], found[f"{module}.scale"], zero, form, columns).astype(dtype)
+    return pack.dequantize(found[f"{module}.qweight"], found[f"{module}.scale"], zero, form, columns).astype(
+        dtype, copy=False
+    )
 
 
 def _count(scale: Array, counted: dict[str, Any], module: str) -> None:

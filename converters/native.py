@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmc.checkpoint import Checkpoint
 from llmc.converters import families, hf
 from llmc.converters.reader import Reader
 from llmc.converters.rules import Family, Progress
@@ -28,15 +29,21 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
         UserError: It is quantized, or `out` exists.
     """
     found = hf.open_checkpoint(folder)
+    family, spec = form(found)
+    return hf.write(found, family, spec, out, overwrite=overwrite, progress=progress)
+
+
+def form(found: Checkpoint) -> tuple[Family, ModelSpec]:
+    """The family under whose names transformers loads a model, and the spec with its name; else the model's own."""
     own = families.by_name(found.spec.family)
     if not own.native:
-        return hf.export(folder, out, overwrite=overwrite, progress=progress)
+        return own, found.spec
     native = families.by_name(own.native)
     spec = found.spec.model_copy(update={"family": native.name})
     if not _can_say(native, spec):
-        logger.warning(f"transformers has no class for this {own.name}: {out} is as its authors publish it")
-        return hf.export(folder, out, overwrite=overwrite, progress=progress)
-    return hf.write(found, native, spec, out, overwrite=overwrite, progress=progress)
+        logger.warning(f"transformers has no class for this {own.name}: written as its authors publish it")
+        return own, found.spec
+    return native, spec
 
 
 def _can_say(family: Family, spec: ModelSpec) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
-from llmc.converters import families, gguf_settings
+from llmc.converters import export, families, gguf_settings
+from llmc.converters.layouts import Grid, Linear
 from llmc.converters.rules import Family
 from llmc.errors import UnsupportedModelError
 
@@ -18,6 +20,7 @@ class Overview:
         positions, norm: Kinds, as in llmc/spec.py.
         experts: Some of its models have mixtures of experts.
         gguf: As which architecture llama.cpp has it, None if not at all.
+        packed: The formats in which quantized checkpoints are exported.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Overview:
     norm: str
     experts: bool
     gguf: str | None
+    packed: tuple[str, ...]
 
 
 def overview() -> list[Overview]:
@@ -46,4 +50,13 @@ def _of(family: Family) -> Overview:
         norm="layer" if "layers.{layer}.attn_norm.bias" in ours else "rms",
         experts="layers.{layer}.moe.router.weight" in ours,
         gguf=gguf,
+        packed=tuple(_packed(family)),
     )
+
+
+def _packed(family: Family) -> list[str]:
+    """The formats of packed weights that have a place for the family's linears."""
+    turned = any(rule.op.rows for rule in family.rules)
+    usual = Linear(128, 128, Grid(4, 128), turned)
+    rows = {name: importlib.import_module(row.module) for name, row in export.FORMATS.items() if row.quantized}
+    return [name for name, module in rows.items() if not all(layout.lacks(usual) for layout in module.LAYOUTS)]

@@ -14,7 +14,8 @@ def command(as_json: bool) -> None:
     """Print the model families that llmc converts, with what each supports.
 
     All are quantized, built and served alike, and exported under their authors' names. GGUF is the architecture as
-    which llama.cpp has a family.
+    which llama.cpp has a family. Packed are the formats in which its quantized checkpoints are exported: all are
+    gptq, awq, compressed-tensors and modelopt.
     """
     from rich.console import Console
     from rich.table import Table
@@ -25,8 +26,9 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(family) for family in found], indent=1))
         return
+    of_all = max(len(family.packed) for family in found)
     table = Table(title=f"{len(found)} model families", title_justify="left", box=None)
-    for column in ("family", "architectures", "positions", "norm", "experts", "GGUF", "export"):
+    for column in ("family", "architectures", "positions", "norm", "experts", "GGUF", "packed"):
         table.add_column(column, overflow="fold")
     for family in found:
         table.add_row(
@@ -36,6 +38,6 @@ def command(as_json: bool) -> None:
             family.norm,
             "yes" if family.experts else "",
             family.gguf or "",
-            "hf",
+            "all" if len(family.packed) == of_all else " ".join(family.packed),
         )
     Console().print(table)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmc.converters import families
+from llmc.converters import families, hf
 from llmc.converters.rules import source_names
 from llmc.names import tensors
+from llmc.quant.quantize import quantize
+from llmc.recipe import QuantRecipe, WeightFormat
 
 MEASURE = """
 import sys
@@ -23,13 +25,18 @@ from pathlib import Path
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
-from llmc.converters import hf, paddle, peft  # what is imported is not what converting costs
+from llmc.converters import hf, paddle, peft
+from llmc.converters.layouts import awq  # what is imported is not what converting costs
 before = kilobytes("VmRSS")
 kind, source, base, out = sys.argv[1], *map(Path, sys.argv[2:])
 if kind == "paddle":
     paddle.convert(source, out)
 elif kind == "export":
     paddle.export(source, out)
+elif kind == "pack":
+    awq.export(source, out)
+elif kind == "unpack":
+    hf.convert(source, out)
 else:
     peft.convert(source, out, base=base, dtype=kind)
 print(kilobytes("VmHWM") - before)
@@ -98,3 +105,17 @@ def test_transposed_both_ways(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "paddlenlp_version": None}), encoding="utf-8")
     assert grown("paddle", folder, folder, tmp_path / "checkpoint") < LARGEST + 300e6
     assert grown("export", tmp_path / "checkpoint", folder, tmp_path / "back") < LARGEST + 300e6
+
+
+@pytest.mark.slow
+def test_packed_weights_both_ways(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file(weights(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    hf.convert(folder, tmp_path / "checkpoint")
+    recipe = QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=4, group_size=32, symmetric=False))
+    quantize(tmp_path / "checkpoint", tmp_path / "quantized", recipe)
+    # The embedding, the largest, is written as float32.
+    assert grown("pack", tmp_path / "quantized", folder, tmp_path / "packed") < LARGEST + 300e6
+    assert grown("unpack", tmp_path / "packed", folder, tmp_path / "back") < LARGEST + 300e6

@@ -96,7 +96,14 @@ def quantization(out: Path, figures: Any) -> None:
         table.add_row("error", f"{figures.mean_error:.2%} on average, of {figures.error_kind}")
         table.add_row("worst", ", ".join(f"{name} {figures.errors[name]:.2%}" for name in worst))
     if figures.recipe.kv_cache:
-        table.add_row("KV cache", f"{figures.recipe.kv_cache.kind}, a scale for each channel")
+        form = figures.recipe.kv_cache
+        each = {
+            "channel": "for each channel",
+            "head": "for each head",
+            "dynamic": "for each token and head, as written",
+        }
+        observed = "" if form.scale == "dynamic" else f", from the {form.observer} of the text"
+        table.add_row("KV cache", f"{form.kind}, a scale {each[form.scale]}{observed}")
     if figures.calibrated_on:
         table.add_row("calibrated on", figures.calibrated_on)
     if figures.verdict:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import hashlib
+import functools
 import json
 import math
 import resource
@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
 
 from llmc import checkpoint as checkpoints
 from llmc import manifest as manifests
-from llmc import names, sample_text, text
+from llmc import names
 from llmc.checkpoint import Checkpoint
-from llmc.config import Strict, parse
+from llmc.config import parse
 from llmc.errors import CheckpointError, UserError
 from llmc.need import installed, need
-from llmc.quant import gate, pack
+from llmc.quant import corpus, gate, pack
 from llmc.quant.algorithm import Transform, algorithm
+from llmc.quant.corpus import Calibration, Sample
 from llmc.quant.gate import Judge, Verdict
 from llmc.quant.pack import Packed
 from llmc.recipe import QuantRecipe, WeightFormat
@@ -49,34 +49,6 @@ NONE = "none"
 
 # (what is being done, steps done, steps)
 Progress = Callable[[str, int, int], None]
-
-
-class Calibration(Strict):
-    """Text to calibrate on.
-
-    Attributes:
-        path: A UTF-8 file, of the kind that the model will meet; None is llmc/sample_text.py.
-        window: Tokens read at a time.
-        tokens: Tokens read at most.
-    """
-
-    path: Path | None = None
-    window: PositiveInt = 512
-    tokens: PositiveInt = 8192
-
-    @property
-    def source(self) -> str:
-        """Where the text comes from, for people."""
-        return str(self.path) if self.path else sample_text.describe("calibration")
-
-    def read(self) -> str:
-        """The text."""
-        return text.read(self.path) if self.path else sample_text.read("calibration")
-
-    def parent(self) -> manifests.Parent:
-        """The manifest's entry of it."""
-        digest = hashlib.sha256(self.read().encode()).hexdigest()
-        return manifests.Parent(kind="text", sha256=digest, name=self.path.name if self.path else "sample text")
 
 
 @dataclass
@@ -163,10 +135,11 @@ def quantize(
     recipe = check_recipe(checkpoint, recipe)
     manifests.check_target(target, overwrite=overwrite)
     calibration = _needed(recipe, calibration)
-    windows = _windows(checkpoint, calibration) if calibration else []
+    sample = _read(checkpoint, calibration) if calibration else Sample((), "")
+    windows = sample.windows
     inside = gate.matrices_by_part(checkpoint.spec, names.matrices(checkpoint.spec)) if max_increase is not None else {}
     with manifests.creating(target, overwrite=overwrite) as folder:
-        scales = _kv_scales(checkpoint, windows, progress) if recipe.kv_cache else {}
+        scales = _kv_scales(checkpoint, recipe, windows, progress)
         sensitivity: Mapping[str, float] = {}
         while True:
             figures, hashes = _write(folder, checkpoint, recipe, windows, scales, progress)
@@ -179,7 +152,7 @@ def quantize(
                 break
             recipe = gate.refine(recipe, inside, sensitivity, figures.verdict, max_increase)
             _clear(folder)
-        figures.calibrated_on = calibration.source if calibration else None
+        figures.calibrated_on = sample.source or None
         if figures.verdict:
             manifests.seal(folder, _manifest(source, recipe, calibration, figures), hashes)
         figures.seconds = time.perf_counter() - began
@@ -229,7 +202,7 @@ def _manifest(
     parents = [manifests.parent(source)]
     settings = {"recipe": recipe.model_dump(mode="json")}
     if calibration:
-        parents.append(calibration.parent())
+        parents += calibration.parents()
         settings["calibration"] = {"window": calibration.window, "tokens": calibration.tokens}
     notes: dict[str, Any] = {"mean_error": round(figures.mean_error, 4)} if figures.errors else {}
     if figures.verdict:
@@ -293,26 +266,29 @@ def _needed(recipe: QuantRecipe, calibration: Calibration | None) -> Calibration
         UserError: A text was given and nothing looks at it.
     """
     calibrates = bool(recipe.weights and algorithm(recipe.algorithm).CALIBRATES)
-    if calibrates or recipe.kv_cache:
+    observed = recipe.kv_cache is not None and recipe.kv_cache.scale != "dynamic"
+    if calibrates or observed:
         need("torch")
         return calibration or Calibration()
-    if calibration and calibration.path:
+    if calibration and calibration.paths:
         raise UserError("nothing in this recipe is calibrated: leave --calibration out", param="calibration")
     return None
 
 
-def _windows(checkpoint: Checkpoint, calibration: Calibration) -> list[Tokens]:
-    tokenizer = Tokenizer.load(checkpoint.folder)
-    window = min(calibration.window, checkpoint.spec.max_positions)
-    return text.windows(calibration.read(), tokenizer, window, limit=calibration.tokens)
+def _read(checkpoint: Checkpoint, calibration: Calibration) -> Sample:
+    return corpus.read(calibration, Tokenizer.load(checkpoint.folder), checkpoint.spec.max_positions)
 
 
-def _kv_scales(checkpoint: Checkpoint, windows: Sequence[Tokens], progress: Progress) -> dict[str, Array]:
-    from llmc import model
+def _kv_scales(
+    checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens], progress: Progress
+) -> dict[str, Array]:
+    """Of a KV cache whose scales are stored."""
+    if recipe.kv_cache is None or recipe.kv_cache.scale == "dynamic":
+        return {}
     from llmc.quant import calibrate
 
-    decoder = model.load(checkpoint)
-    return dict(calibrate.kv_scales(decoder, windows, lambda done, of: progress("calibrating", done, of)))
+    tell = functools.partial(progress, "calibrating the KV cache")
+    return dict(calibrate.kv_scales(checkpoint, recipe.kv_cache, windows, tell))
 
 
 def _stream(

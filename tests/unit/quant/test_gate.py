@@ -17,7 +17,8 @@ from llmc.errors import GateError
 from llmc.evaluate.quality import TextJudge
 from llmc.model import load
 from llmc.quant import gate
-from llmc.quant.quantize import Calibration, quantize
+from llmc.quant.corpus import Calibration
+from llmc.quant.quantize import quantize
 from llmc.recipe import QuantRecipe, WeightFormat
 
 INT4 = WeightFormat(bits=4, group_size=32)

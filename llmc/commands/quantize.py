@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from llmc.commands import values
 from llmc.commands.values import Assignment, Percent
 
 
@@ -48,6 +47,9 @@ from llmc.commands.values import Assignment, Percent
 @click.option("--text", metavar="FILE", type=click.Path(path_type=Path), help="Held-out text to be judged by.")
 @click.option("--text-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Read at most.")
 @click.option("--max-ppl-increase", metavar="PERCENT", type=Percent(), help="More bits until it is met, else exit 3.")
+@click.option(
+    "--target-bits", metavar="BITS", type=click.FloatRange(min=0), help="Of a parameter, on average, say 4.8."
+)
 @click.option("--no-evaluate", is_flag=True, help="Do not measure the result.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> None:
@@ -56,31 +58,21 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     What it cost is measured on --text (by default on a part of Python's own documentation and library), printed, and
     written into OUT as report.json and report.png.
     """
-    from llmc.commands import judge, report
+    from llmc.commands import judge, recipes, report
     from llmc.commands.progress import shown
-    from llmc.config import parse
     from llmc.quant.corpus import Calibration
-    from llmc.quant.quantize import NONE, quantize
-    from llmc.recipe import QuantRecipe
+    from llmc.quant.quantize import quantize
 
-    weights = {"bits": int(choices["bits"]), "group_size": int(choices["group_size"])}
-    weights["symmetric"] = not choices["asymmetric"]
-    chosen = {
-        "algorithm": choices["algo"],
-        "weights": None if choices["algo"] == NONE else weights,
-        "keep": choices["keep"],
-        "overrides": {glob: {**weights, "bits": bits} for glob, bits in choices["override"]},
-        "kv_cache": values.kv_cache(choices),
-        "options": dict(choices["option"]),
-    }
     with shown() as progress:
         figures = quantize(
             checkpoint,
             out,
-            parse(QuantRecipe, chosen, where="quantize"),
+            recipes.chosen(choices),
             calibration=Calibration(path=choices["calibration"] or None, tokens=choices["calibration_tokens"]),
             judge=judge.chosen(choices, progress),
+            probe=judge.probe(choices, progress),
             max_increase=choices["max_ppl_increase"],
+            target_bits=choices["target_bits"],
             overwrite=overwrite,
             progress=progress,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -22,16 +21,6 @@ class Assignment(click.ParamType[tuple[str, Any]]):
             return name, json.loads(text)
         except ValueError:
             return name, text
-
-
-def kv_cache(choices: Mapping[str, Any]) -> dict[str, str] | None:
-    """A recipe's KV cache, from the options --kv-cache, --kv-scale and --kv-observer."""
-    more = {key: value for key in ("scale", "observer") if (value := choices[f"kv_{key}"])}
-    if choices["kv_cache"] is None:
-        if more:
-            raise click.UsageError("--kv-scale and --kv-observer say how a KV cache is quantized: add --kv-cache int8")
-        return None
-    return {"kind": choices["kv_cache"], **more}
 
 
 class Percent(click.ParamType[float]):

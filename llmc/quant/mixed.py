@@ -130,8 +130,8 @@ class Mix:
         return self.recipe()
 
     def reduce(self, share: float) -> QuantRecipe | None:
-        """Take the best steps until no more than a share of the expected KL is left; at least one,
-        and half as many as there are parts that have more bits already. None when nothing would be left that is quantized."""
+        """Take the best steps until no more than a share of the expected KL is left: one at least, and half as many as
+        there are parts with more bits already. None when nothing would be left that is quantized."""
         allowed = share * self.expected
         fewest = max(1, len(self.levels) // 2)
         while self._waiting and (fewest > 0 or self.expected > allowed):

@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
+from llmc.commands import recipes
 from llmc.commands.values import Assignment, Percent
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@recipes.CONFIG
 @click.option(
     "--algo",
     default="rtn",
@@ -34,15 +36,7 @@ from llmc.commands.values import Assignment, Percent
 @click.option("--kv-cache", type=click.Choice(["int8", "fp8"]), help="Also give the engine an 8-bit KV cache.")
 @click.option("--kv-scale", type=click.Choice(["channel", "head", "dynamic"]), help="A scale each. [default: channel]")
 @click.option("--kv-observer", type=click.Choice(["max", "average"]), help="Of a window's extremes. [default: max]")
-@click.option(
-    "--calib",
-    "--calibration",
-    "calibration",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Text, or JSON lines of a training format. Repeatable. [default: Python's own texts]",
-)
+@recipes.CALIBRATION
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Read at most.")
 @click.option("--text", metavar="FILE", type=click.Path(path_type=Path), help="Held-out text to be judged by.")
 @click.option("--text-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Read at most.")
@@ -58,7 +52,7 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     What it cost is measured on --text (by default on a part of Python's own documentation and library), printed, and
     written into OUT as report.json and report.png.
     """
-    from llmc.commands import judge, recipes, report
+    from llmc.commands import judge, report
     from llmc.commands.progress import shown
     from llmc.quant.corpus import Calibration
     from llmc.quant.quantize import quantize

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmc.config import parse
-from llmc.recipe import QuantRecipe
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    from llmc.recipe import QuantRecipe
 
 
 def chosen(choices: Mapping[str, Any]) -> QuantRecipe:
@@ -20,7 +23,9 @@ def chosen(choices: Mapping[str, Any]) -> QuantRecipe:
     Raises:
         UserError: They do not fit together.
     """
+    from llmc.config import parse
     from llmc.quant.quantize import NONE
+    from llmc.recipe import QuantRecipe
 
     weights = {"bits": int(choices["bits"]), "group_size": int(choices["group_size"])}
     weights["symmetric"] = not choices["asymmetric"]
@@ -42,3 +47,40 @@ def _kv_cache(choices: Mapping[str, Any]) -> dict[str, str] | None:
             raise click.UsageError("--kv-scale and --kv-observer say how a KV cache is quantized: add --kv-cache int8")
         return None
     return {"kind": choices["kv_cache"], **more}
+
+
+def _configured(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Take the options' defaults from a configuration of PaddleNLP: what is typed goes before it."""
+    if path is None:
+        return None
+    from llmc.quant import paddlenlp
+
+    found = paddlenlp.read(path)
+    known = {parameter.name for parameter in context.command.params}
+    if missing := [name for name in found.options if name not in known]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise UserError(f"{path} needs {names}, which this version of llmc does not have", param="config")
+    for note in found.notes:
+        click.echo(f"{path.name}: {note}", err=True)
+    context.default_map = {**(context.default_map or {}), **found.options}
+    return path
+
+
+CONFIG = click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_configured,
+    help="A quantization configuration of PaddleNLP, JSON; options that are typed go before it.",
+)
+CALIBRATION = click.option(
+    "--calib",
+    "--calibration",
+    "calibration",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Text, or JSON lines of a training format. Repeatable. [default: Python's own texts]",
+)

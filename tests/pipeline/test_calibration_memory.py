@@ -78,6 +78,7 @@ def bound(spec: ModelSpec) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", RECIPES)
 def test_memory_is_three_layers(name: str, two_layers: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(two_layers), str(tmp_path / "out"), json.dumps(RECIPES[name])]

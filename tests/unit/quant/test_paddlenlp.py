@@ -263,3 +263,10 @@ def test_options_that_do_not_exist_are_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(command, "params", [option for option in command.params if option.name != "group_size"])
     with pytest.raises(UserError, match="needs --group-size"):
         context(tmp_path, GPTQ)
+
+
+def test_the_page_has_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "paddlenlp-quantization.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    missing = {name for name in QUANT_ARGUMENT if FIELDS[name].becomes not in rows.get(name, "") or name not in rows}
+    assert not missing

@@ -104,7 +104,8 @@ def quantization(out: Path, figures: Any) -> None:
             "head": "for each head",
             "dynamic": "for each token and head, as written",
         }
-        observed = "" if form.scale == "dynamic" else f", from the {form.observer} of the text"
+        reach = {"max": "the text's largest values", "average": "the mean of its windows' largest values"}
+        observed = "" if form.scale == "dynamic" else f", from {reach[form.observer]}"
         table.add_row("KV cache", f"{form.kind}, a scale {each[form.scale]}{observed}")
     if figures.calibrated_on:
         table.add_row("calibrated on", figures.calibrated_on)
@@ -138,7 +139,7 @@ def _ranges(parts: list[str]) -> str:
             runs.append([number])
     layers = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     others = [part for part in parts if not part.startswith("layers.")]
-    return ", ".join([*([f"layers {layers}"] if layers else []), *others])
+    return ", ".join([*([f"layer{'s' * (len(numbers) > 1)} {layers}"] if layers else []), *others])
 
 
 def _formats(figures: Any) -> str:

@@ -102,31 +102,18 @@ class Mix:
 
     def bytes(self, levels: Mapping[str, Level] | None = None) -> int:
         """Of all tensors, scales and all."""
-        plan = checkpoints.plan(self._checkpoint.spec, self.recipe(levels), self._checkpoint.infos)
-        return sum(info.nbytes for info in plan.values())
+        return size(self._checkpoint, self.recipe(levels))
 
     def fit(self, bits: float) -> QuantRecipe:
-        """Take every step, the best first, that `bits` a parameter have room for.
-
-        Raises:
-            UserError: The recipe has more bits as it is.
-        """
-        count = parameters(self._checkpoint.spec)
-        room = math.floor(bits * count / 8) - self.bytes()
-        if room < 0:
-            raise UserError(
-                f"{bits:g} bits a parameter are not enough: with scales and with what is kept, the recipe has "
-                f"{8 * self.bytes() / count:.2f} before any part has more. Larger groups (--group-size) have fewer "
-                "scales",
-                param="target_bits",
-            )
+        """Take every step, the best first, that `bits` a parameter have room for; raises what `room` raises."""
+        left = room(self._checkpoint, self.base, bits)
         skipped: set[str] = set()
         for step in list(self._waiting):
-            if step.part in skipped or step.weighs > room:
+            if step.part in skipped or step.weighs > left:
                 skipped.add(step.part)
                 continue
             self._take(step)
-            room -= step.weighs
+            left -= step.weighs
         return self.recipe()
 
     def reduce(self, share: float) -> QuantRecipe | None:
@@ -152,6 +139,29 @@ class Mix:
 def _remaining(few: int, many: int) -> float:
     """The share of the KL that is left with many bits."""
     return float(((2**few - 1) / (2**many - 1)) ** 2)
+
+
+def room(checkpoint: Checkpoint, recipe: QuantRecipe, bits: float) -> int:
+    """Bytes that `bits` a parameter leave beyond what a recipe needs.
+
+    Raises:
+        UserError: It needs more.
+    """
+    count, needed = parameters(checkpoint.spec), size(checkpoint, recipe)
+    left = math.floor(bits * count / 8) - needed
+    if left < 0:
+        raise UserError(
+            f"{bits:g} bits a parameter are not enough: with scales and with what is kept, the recipe has "
+            f"{8 * needed / count:.2f} before any part has more. Larger groups (--group-size) have fewer scales",
+            param="target_bits",
+        )
+    return left
+
+
+def size(checkpoint: Checkpoint, recipe: QuantRecipe) -> int:
+    """Bytes of all tensors of a checkpoint by that recipe, scales and all."""
+    plan = checkpoints.plan(checkpoint.spec, recipe, checkpoint.infos)
+    return sum(info.nbytes for info in plan.values())
 
 
 def parameters(spec: ModelSpec) -> int:

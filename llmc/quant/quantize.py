@@ -39,7 +39,7 @@ from llmc.quant import corpus, gate, pack
 from llmc.quant.algorithm import Transform, algorithm
 from llmc.quant.corpus import Calibration, Sample
 from llmc.quant.gate import Judge, Probe, Verdict
-from llmc.quant.mixed import Level, Mix, bits_by_part, parameters
+from llmc.quant.mixed import Level, Mix, bits_by_part, parameters, room
 from llmc.quant.pack import Packed
 from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.runtime import Tokens
@@ -154,6 +154,8 @@ def quantize(
     checkpoint = Checkpoint(source)
     recipe = check_recipe(checkpoint, recipe)
     _check_goal(recipe, max_increase, target_bits, judge, probe)
+    if target_bits is not None:
+        room(checkpoint, recipe, target_bits)
     manifests.check_target(target, overwrite=overwrite)
     calibration = _needed(recipe, calibration)
     with manifests.creating(target, overwrite=overwrite) as folder:

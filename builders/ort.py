@@ -16,6 +16,7 @@ from llmc.builders import onnx_decoder, onnx_linear
 from llmc.checkpoint import Checkpoint, copy_tokenizer
 from llmc.engine import Engine
 from llmc.errors import UserError
+from llmc.recipe import KVCacheFormat
 
 # MatMulNBits' accuracy_level by the arithmetic of quantized products.
 ACCURACY_LEVELS = {"int8": onnx_linear.INT8_ARITHMETIC, "float32": 1}
@@ -74,8 +75,10 @@ def build(
 def _engine(checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["float32", "int8"] | None) -> Engine:
     """What the options make of a checkpoint."""
     source, spec = checkpoint.folder, checkpoint.spec
-    has_scales = checkpoint.recipe is not None and checkpoint.recipe.kv_cache is not None
-    if kv_cache == "int8" and not has_scales:
+    form = checkpoint.recipe.kv_cache if checkpoint.recipe else None
+    if form is not None and kv_cache != "float32":
+        _check_cache(source, form)
+    if kv_cache == "int8" and form is None:
         raise UserError(
             f"{source} has no scales for an int8 KV cache: make them with "
             f"`llmc quantize {source} OUT --algo none --kv-cache int8 --calibration TEXT`"
@@ -86,9 +89,26 @@ def _engine(checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["f
         backend="ort",
         spec=spec,
         max_length=max_length or spec.max_positions,
-        kv_cache=kv_cache or ("int8" if has_scales else "float32"),
+        kv_cache=kv_cache or ("int8" if form else "float32"),
         weights=_formats(checkpoint),
     )
+
+
+def _check_cache(source: Path, form: KVCacheFormat) -> None:
+    """GroupQueryAttention takes k_scale and v_scale as inputs, per tensor or per channel, and gives none back: what it
+    writes it quantizes with scales that were there before. float8 is among the operator's types, but not among those of
+    its CPU kernel (onnxruntime 1.31)."""
+    instead = "or build with --kv-cache float32"
+    if form.kind == "fp8":
+        raise UserError(
+            f"{source} was made for an fp8 KV cache, which ONNX Runtime keeps on CUDA only: quantize with "
+            f"--kv-cache int8 for a CPU, {instead}"
+        )
+    if form.scale == "dynamic":
+        raise UserError(
+            f"{source} was made for a KV cache with dynamic scales, and ONNX Runtime's GroupQueryAttention has stored "
+            f"ones alone, per tensor or per channel: quantize with --kv-scale channel (or head), {instead}"
+        )
 
 
 def _formats(checkpoint: Checkpoint) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmc.checkpoint import Checkpoint
-from llmc.model import Decoder, Layer, Rotation, tensor
+from llmc.model import Decoder, KVCache, Layer, Rotation, tensor
 from llmc.names import TAIL, parts
 from llmc.runtime import Tokens
 
@@ -95,10 +95,11 @@ class Walker:
         self.decoder.load_state_dict(
             {name: tensor(self.checkpoint, name) for name in wanted}, strict=False, assign=True
         )
-        scales = [f"{part}.attn.{kind}_scale" for kind in "kv"]
-        self.decoder.simulate_kv_cache(
-            {name: torch.from_numpy(self.checkpoint[name]) for name in scales if name in self.checkpoint}
-        )
+        if self.checkpoint.recipe and self.checkpoint.recipe.kv_cache:
+            scales = [name for kind in "kv" if (name := f"{part}.attn.{kind}_scale") in self.checkpoint]
+            self.decoder.simulate_kv_cache(
+                self.checkpoint.recipe.kv_cache, {name: torch.from_numpy(self.checkpoint[name]) for name in scales}
+            )
         return self.decoder.get_submodule(part) if part.startswith("layers.") else self.decoder
 
     def drop(self) -> None:
@@ -115,11 +116,11 @@ class Walker:
         return x
 
     @torch.inference_mode()
-    def through(self, layer: nn.Module, state: Tensor) -> Tensor:
-        """One window through a layer that is loaded."""
+    def through(self, layer: nn.Module, state: Tensor, cache: KVCache | None = None) -> Tensor:
+        """One window through a layer that is loaded; a cache sees its keys and values."""
         if not isinstance(layer, Layer):
             raise TypeError(f"{type(layer).__name__} is not a layer")
-        out: Tensor = layer(state, self._rotations[state.shape[1]][layer.attn.layer], None)
+        out: Tensor = layer(state, self._rotations[state.shape[1]][layer.attn.layer], cache)
         return out
 
     def advance(self, layer: nn.Module, states: States) -> None:

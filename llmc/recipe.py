@@ -34,9 +34,30 @@ class WeightFormat(Strict):
 
 
 class KVCacheFormat(Strict):
-    """int8 keys and values: value = code * scale, one scale for each channel of each kv head."""
+    """8-bit keys and values: value = code * scale. Which of them an engine can keep is its backend's to say.
 
-    kind: Literal["int8"] = "int8"
+    Attributes:
+        kind: Codes -127 to 127, or numbers of float8 e4m3 up to 448.
+        scale: One for each channel of each kv head, or one for each kv head, found in a text and stored; or dynamic:
+            one for each token and head, from its own largest magnitude when it is written.
+        observer: Of stored scales: from the largest magnitude of the whole text, or from the mean of the windows'
+            largest, which clips what is rare.
+    """
+
+    kind: Literal["int8", "fp8"] = "int8"
+    scale: Literal["channel", "head", "dynamic"] = "channel"
+    observer: Literal["max", "average"] = "max"
+
+    @model_validator(mode="after")
+    def _observes_something(self) -> KVCacheFormat:
+        if self.scale == "dynamic" and self.observer != "max":
+            raise ValueError("dynamic scales are found when a token is written: no text is observed for them")
+        return self
+
+    @property
+    def highest(self) -> int:
+        """What the largest magnitude becomes."""
+        return 127 if self.kind == "int8" else 448
 
 
 class QuantRecipe(Strict):
@@ -86,7 +107,7 @@ def packed_plan(
         M.zero      uint8   [out, ceil(groups * bits / 8)]          unless symmetric
 
     and a layer's k and v projections are followed by `layers.N.attn.{k,v}_scale` float32 [kv_heads * head_dim] when
-    the KV cache has a format. All else stays.
+    the KV cache has a format with stored scales (all channels of a head have the same when it has one). All else stays.
     """
     module, _, kind = name.rpartition(".")
     found: dict[str, TensorInfo] = {}
@@ -101,6 +122,6 @@ def packed_plan(
         if not weight_format.symmetric:
             found[f"{module}.zero"] = TensorInfo(np.dtype(np.uint8), (rows, -(-groups * bits // 8)))
     is_kv = kind == "weight" and module.endswith((".attn.k", ".attn.v"))
-    if recipe and recipe.kv_cache and is_kv:
+    if recipe and recipe.kv_cache and recipe.kv_cache.scale != "dynamic" and is_kv:
         found[f"{module}_scale"] = TensorInfo(np.dtype(np.float32), (shape[0],))
     return found

@@ -91,12 +91,22 @@ def quantization(out: Path, figures: Any) -> None:
     share = figures.bytes_after / figures.bytes_before
     table.add_row("tensors", f"{human(figures.bytes_before)} -> {human(figures.bytes_after)} ({share:.0%})")
     if figures.errors:
+        table.add_row("bits", f"{figures.bits:.2f} for each parameter, scales and what is kept included")
         table.add_row("matrices", f"{_formats(figures)}; kept {len(figures.kept)}")
+        table.add_row("bits by part", _by_part(figures.parts))
         worst = sorted(figures.errors, key=lambda name: -figures.errors[name])[:3]
         table.add_row("error", f"{figures.mean_error:.2%} on average, of {figures.error_kind}")
         table.add_row("worst", ", ".join(f"{name} {figures.errors[name]:.2%}" for name in worst))
     if figures.recipe.kv_cache:
-        table.add_row("KV cache", f"{figures.recipe.kv_cache.kind}, a scale for each channel")
+        form = figures.recipe.kv_cache
+        each = {
+            "channel": "for each channel",
+            "head": "for each head",
+            "dynamic": "for each token and head, as written",
+        }
+        reach = {"max": "the text's largest values", "average": "the mean of its windows' largest values"}
+        observed = "" if form.scale == "dynamic" else f", from {reach[form.observer]}"
+        table.add_row("KV cache", f"{form.kind}, a scale {each[form.scale]}{observed}")
     if figures.calibrated_on:
         table.add_row("calibrated on", figures.calibrated_on)
     if figures.verdict:
@@ -108,6 +118,28 @@ def quantization(out: Path, figures: Any) -> None:
         table.add_row("perplexity", "not measured")
     table.add_row("took", f"{figures.seconds:.1f} s, {human(figures.peak_bytes)} at most")
     Console().print(table)
+
+
+def _by_part(parts: dict[str, Any]) -> str:
+    """`8: layers 0-2, 5, front; 4: layers 3, 4; kept: tail`: parts of the same bits together."""
+    groups: dict[str, list[str]] = {}
+    for part, widths in parts.items():
+        said = " and ".join(str(width) if width else "kept" for width in widths)
+        groups.setdefault(said, []).append(part)
+    return "; ".join(f"{said}: {_ranges(members)}" for said, members in groups.items())
+
+
+def _ranges(parts: list[str]) -> str:
+    numbers = [int(part.removeprefix("layers.")) for part in parts if part.startswith("layers.")]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    layers = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    others = [part for part in parts if not part.startswith("layers.")]
+    return ", ".join([*([f"layer{'s' * (len(numbers) > 1)} {layers}"] if layers else []), *others])
 
 
 def _formats(figures: Any) -> str:

@@ -13,7 +13,8 @@ from llmc import model
 from llmc.checkpoint import Checkpoint
 from llmc.quant.algorithm import ALGORITHMS
 from llmc.quant.algorithm import algorithm as module_of
-from llmc.quant.quantize import Calibration, quantize
+from llmc.quant.corpus import Calibration
+from llmc.quant.quantize import quantize
 from llmc.recipe import QuantRecipe, WeightFormat
 
 ONE_OF_EACH = {case.model_type: name for name, case in tiny.TINY.items()}

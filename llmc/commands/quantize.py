@@ -17,8 +17,8 @@ from llmc.commands.values import Assignment, Percent
     "--algo",
     default="rtn",
     show_default=True,
-    help="rtn rounds to the nearest code; gptq and awq look at a text; w8a8, smoothquant and fp8 round activations, too; "
-    "none keeps weights.",
+    help="rtn rounds to the nearest code; gptq and awq look at a text; w8a8, smoothquant, fp8 round inputs, too; none "
+    "keeps weights.",
 )
 @click.option("--bits", type=click.Choice(["4", "8"]), help="Of a weight. [default: 4]")
 @click.option(

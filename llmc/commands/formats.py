@@ -31,7 +31,11 @@ def fields(choices: Mapping[str, Any]) -> dict[str, Any]:
             "overrides": {glob: {**weights, "bits": bits} for glob, bits in choices["override"]},
             "activations": _activations("int8", choices["activations"] or "none"),
         }
-    smoothing = {"alpha": choices["alpha"], "pieces": choices["smooth_pieces"], "shift": choices["shift"] or None}
+    smoothing = {
+        "alpha": _number(choices["alpha"]),
+        "pieces": choices["smooth_pieces"],
+        "shift": choices["shift"] or None,
+    }
     given = {name: value for name, value in smoothing.items() if value is not None}
     if given and algorithm != "smoothquant":
         raise UserError("--alpha, --shift and --smooth-pieces go with --algo smoothquant", param="algo")
@@ -56,3 +60,10 @@ def _activations(kind: str, choice: str) -> dict[str, Any] | None:
     if choice == "none":
         return None
     return {"kind": "fp8" if choice == "fp8" else kind, "dynamic": choice != "static"}
+
+
+def _number(text: str | None) -> float | str | None:
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text

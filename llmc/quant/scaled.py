@@ -14,8 +14,6 @@ from llmc.checkpoint import Checkpoint
 from llmc.config import Strict
 from llmc.quant import rtn
 from llmc.quant.algorithm import Transform
-from llmc.quant.by_layer import ByLayer
-from llmc.quant.inputs import ByInputs
 from llmc.recipe import QuantRecipe
 from llmc.runtime import Tokens
 
@@ -30,4 +28,7 @@ def prepare(checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Token
     """See llmc/quant/algorithm.py."""
     if recipe.activations is None or recipe.activations.dynamic:
         return rtn.prepare()
+    from llmc.quant.by_layer import ByLayer  # and with it PyTorch, which dynamic scales do not need
+    from llmc.quant.inputs import ByInputs
+
     return ByLayer(checkpoint, recipe, windows, ByInputs(checkpoint, recipe, windows))

@@ -14,11 +14,9 @@ same input share one, as its exporter makes them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Le
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor
 
 from llmc import names
@@ -45,10 +43,17 @@ class Options(Strict):
         pieces: Of channels of like size, each with an alpha or a scale of its own; 0 for one alpha for all.
     """
 
-    alpha: Annotated[float, Ge(0), Le(1)] | Literal["search"] = "search"
+    alpha: float | str = "search"
     steps: PositiveInt = 20
     shift: bool = False
     pieces: NonNegativeInt = 0
+
+    @field_validator("alpha")
+    @classmethod
+    def _is_a_share(cls, alpha: float | str) -> float | str:
+        if alpha != "search" and not (isinstance(alpha, float) and 0 <= alpha <= 1):
+            raise ValueError("a number from 0 to 1, or search")
+        return alpha
 
 
 def complete(checkpoint: Checkpoint, recipe: QuantRecipe) -> QuantRecipe:
@@ -75,9 +80,9 @@ def prepare(checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Token
     def choose(trial: Trial) -> Tensor:
         if options.pieces:
             return piecewise.search(trial, options.pieces)
-        if options.alpha == "search":
-            return search(trial, options.steps)
-        return smooth(trial.reach, trial.weight_reach, options.alpha)
+        if isinstance(options.alpha, float):
+            return smooth(trial.reach, trial.weight_reach, options.alpha)
+        return search(trial, options.steps)
 
     return ByLayer(checkpoint, recipe, windows, ByInputs(checkpoint, recipe, windows, choose, centred=options.shift))
 

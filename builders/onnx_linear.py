@@ -270,6 +270,6 @@ def kernel(form: WeightFormat | None, inputs: ActivationFormat | None, accuracy_
         product = "Gemm" if form.kind == "fp8" else "MatMulNBits"
         return label, f"{product} in float32: the CPU multiplies no fp8, and weights are widened when the engine opens"
     if form.group_size == 0:
-        return label, "MatMulIntegerToFloat: int8 products, sums in int32"
+        return label, "MatMulIntegerToFloat, products in int8"
     is_int8 = inputs or accuracy_level == INT8_ARITHMETIC
     return label, f"MatMulNBits, products in {'int8' if is_int8 else 'float32'}"

@@ -103,8 +103,8 @@ def _formats(checkpoint: Checkpoint, accuracy_level: int) -> tuple[dict[str, int
     for matrix in names.matrices(checkpoint.spec):
         forms = (recipe.format_of(matrix), recipe.inputs_of(matrix)) if recipe else (None, None)
         label, kernel = onnx_linear.kernel(*forms, accuracy_level)
+        if checkpoint.spec.moe and forms[1] is None:
+            kernel = kernel.replace("MatMulNBits", "MatMulNBits (of whole mixtures QMoE)")
         found[label] += 1
-        kernels[label] = (
-            kernel.replace("MatMulNBits", "MatMulNBits, QMoE for mixtures") if checkpoint.spec.moe else kernel
-        )
+        kernels[label] = kernel
     return dict(found), kernels

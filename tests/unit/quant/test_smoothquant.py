@@ -115,6 +115,14 @@ def test_pieces_are_channels_of_like_size() -> None:
     assert len(piecewise.pieces(reach, 20)) == 8
 
 
+def test_one_piece_is_the_best_of_what_is_tried() -> None:
+    site = trial(ActivationFormat(dynamic=False))
+    alphas = [site.reach**a / site.weight_reach ** (1 - a) for a in np.arange(0.2, 0.81, 0.05)]
+    losses = [site.loss(scale) for scale in alphas] + [site.loss(torch.full((64,), s)) for s in np.arange(1, 5.1, 0.5)]
+    assert len(losses) == 22
+    assert site.loss(piecewise.search(site, 1)) == pytest.approx(min(losses), rel=1e-4)
+
+
 def test_channels_that_are_never_met_keep_their_scale() -> None:
     scale = smoothquant.smooth(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 1.0]), 0.5)
     assert scale.tolist() == [1.0, 2.0]

@@ -275,7 +275,7 @@ class _Decoder:
     def _qkv(self, x: ir.Value, at: str) -> list[ir.Value | None]:
         """Attention's first three inputs: packed in the first where one product can make them."""
         parts = [f"{at}.{name}" for name in "qkv"]
-        if not self.spec.attention.qk_norm and len({self.lowering.format(part) for part in parts}) == 1:
+        if not self.spec.attention.qk_norm and self.lowering.alike(*parts):
             packed = self.lowering.linear(x, *parts, node=path(f"{at}.qkv"))
             return [self._batch(packed, f"{at}.qkv"), None, None]
         made = [self.lowering.linear(x, part) for part in parts]

@@ -47,7 +47,7 @@ def build(
         UserError: `target` exists, or an option does not fit the checkpoint.
     """
     checkpoint = Checkpoint(source)
-    engine = _engine(checkpoint, max_length, kv_cache)
+    engine = _engine(checkpoint, max_length, kv_cache, ACCURACY_LEVELS[arithmetic])
     with manifests.creating(target, overwrite=overwrite) as folder:
         graph = onnx_decoder.draw(
             checkpoint.spec,
@@ -72,7 +72,9 @@ def build(
     return engine
 
 
-def _engine(checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["float32", "int8"] | None) -> Engine:
+def _engine(
+    checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["float32", "int8"] | None, accuracy_level: int
+) -> Engine:
     """What the options make of a checkpoint."""
     source, spec = checkpoint.folder, checkpoint.spec
     form = checkpoint.recipe.kv_cache if checkpoint.recipe else None
@@ -85,12 +87,14 @@ def _engine(checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["f
         )
     if max_length is not None and not 0 < max_length <= spec.max_positions:
         raise UserError(f"--max-length {max_length}: {source} was made for 1 to {spec.max_positions} tokens")
+    counts, kernels = _formats(checkpoint, accuracy_level)
     return Engine(
         backend="ort",
         spec=spec,
         max_length=max_length or spec.max_positions,
         kv_cache=kv_cache or ("int8" if form else "float32"),
-        weights=_formats(checkpoint),
+        weights=counts,
+        kernels=kernels,
     )
 
 
@@ -111,10 +115,16 @@ def _check_cache(source: Path, form: KVCacheFormat) -> None:
         )
 
 
-def _formats(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many matrices are stored in each way."""
+def _formats(checkpoint: Checkpoint, accuracy_level: int) -> tuple[dict[str, int], dict[str, str]]:
+    """How many matrices are stored in each way, and what computes them."""
     found: Counter[str] = Counter()
+    kernels: dict[str, str] = {}
+    recipe = checkpoint.recipe
     for matrix in names.matrices(checkpoint.spec):
-        form = checkpoint.recipe.format_of(matrix) if checkpoint.recipe else None
-        found["float32" if form is None else f"int{form.bits} group {form.group_size}"] += 1
-    return dict(found)
+        forms = (recipe.format_of(matrix), recipe.inputs_of(matrix)) if recipe else (None, None)
+        label, kernel = onnx_linear.kernel(*forms, accuracy_level)
+        if checkpoint.spec.moe and forms[1] is None:
+            kernel = kernel.replace("MatMulNBits", "MatMulNBits (of whole mixtures QMoE)")
+        found[label] += 1
+        kernels[label] = kernel
+    return dict(found), kernels

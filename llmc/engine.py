@@ -31,6 +31,7 @@ class Engine(Strict):
         max_length: Tokens of the longest sequence, prompt and output together.
         kv_cache: How keys and values are kept.
         weights: How matrices are stored, and how many in each way: for people.
+        kernels: What computes those of each way, for people.
     """
 
     backend: Literal["ort"]
@@ -38,6 +39,7 @@ class Engine(Strict):
     max_length: PositiveInt
     kv_cache: Literal["float32", "int8"]
     weights: dict[str, int]
+    kernels: dict[str, str] = {}
 
     def save(self, folder: Path) -> None:
         (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmc import rounding
 from llmc.checkpoint import Checkpoint
 from llmc.model import Decoder, KVCache, Layer, Rotation, tensor
 from llmc.names import TAIL, parts
@@ -100,6 +101,8 @@ class Walker:
             self.decoder.simulate_kv_cache(
                 self.checkpoint.recipe.kv_cache, {name: torch.from_numpy(self.checkpoint[name]) for name in scales}
             )
+        matrices = (name.removesuffix(".weight") for name in wanted if name.endswith(".weight"))
+        self.decoder.round_inputs(rounding.read(self.checkpoint, matrices))
         return self.decoder.get_submodule(part) if part.startswith("layers.") else self.decoder
 
     def drop(self) -> None:

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmc import alibi, names, rope
+from llmc import alibi, names, rope, rounding
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
 from llmc.quant import pack
 from llmc.recipe import KVCacheFormat
+from llmc.rounding import Linear, Rounding
 from llmc.spec import Alibi, Learned, ModelSpec, Moe, Rope
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,10 +116,10 @@ class Attention(nn.Module):
         self.has_alibi = isinstance(spec.position, Alibi)
         self.scale = switches.scale
         self.interleaved = isinstance(spec.position, Rope) and spec.position.interleaved
-        self.q = nn.Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
-        self.k = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
-        self.v = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
-        self.o = nn.Linear(spec.q_size, spec.hidden_size, bias=switches.o_bias)
+        self.q = Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
+        self.k = Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
+        self.v = Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
+        self.o = Linear(spec.q_size, spec.hidden_size, bias=switches.o_bias)
         self.q_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
         self.k_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
         self.cache_format: KVCacheFormat | None = None
@@ -211,9 +212,9 @@ class Mlp(nn.Module):
         super().__init__()
         bias = spec.mlp.bias
         self.activation = ACTIVATIONS[spec.mlp.activation]
-        self.gate = nn.Linear(spec.hidden_size, inner, bias=bias) if spec.mlp.gated else None
-        self.up = nn.Linear(spec.hidden_size, inner, bias=bias)
-        self.down = nn.Linear(inner, spec.hidden_size, bias=bias)
+        self.gate = Linear(spec.hidden_size, inner, bias=bias) if spec.mlp.gated else None
+        self.up = Linear(spec.hidden_size, inner, bias=bias)
+        self.down = Linear(inner, spec.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -368,6 +369,11 @@ class Decoder(nn.Module):
             module_name, _, buffer = name.rpartition(".")
             self.get_submodule(module_name).register_buffer(buffer, scale)
 
+    def round_inputs(self, roundings: Mapping[str, Rounding]) -> None:
+        """Compute as with rounded activations, by the names of linears."""
+        for name, each in roundings.items():
+            self.get_submodule(name).rounding = each  # type: ignore[assignment]
+
 
 def load(checkpoint: Checkpoint) -> Decoder:
     """The decoder of a checkpoint in float32, without gradients; packed weights are unpacked to what they stand for.
@@ -386,6 +392,7 @@ def load(checkpoint: Checkpoint) -> Decoder:
         decoder.simulate_kv_cache(
             checkpoint.recipe.kv_cache, {name: torch.from_numpy(checkpoint[name]) for name in scales}
         )
+    decoder.round_inputs(rounding.read(checkpoint, names.matrices(checkpoint.spec)))
     return decoder.requires_grad_(False).eval()
 
 

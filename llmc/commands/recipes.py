@@ -23,19 +23,15 @@ def chosen(choices: Mapping[str, Any]) -> QuantRecipe:
     Raises:
         UserError: They do not fit together.
     """
+    from llmc.commands import formats
     from llmc.config import parse
-    from llmc.quant.quantize import NONE
     from llmc.recipe import QuantRecipe
 
-    weights = {"bits": int(choices["bits"]), "group_size": int(choices["group_size"])}
-    weights["symmetric"] = not choices["asymmetric"]
     values = {
         "algorithm": choices["algo"],
-        "weights": None if choices["algo"] == NONE else weights,
+        **formats.fields(choices),
         "keep": choices["keep"],
-        "overrides": {glob: {**weights, "bits": bits} for glob, bits in choices["override"]},
         "kv_cache": _kv_cache(choices),
-        "options": dict(choices["option"]),
     }
     return parse(QuantRecipe, values, where="quantize")
 

@@ -97,6 +97,10 @@ def quantization(out: Path, figures: Any) -> None:
         worst = sorted(figures.errors, key=lambda name: -figures.errors[name])[:3]
         table.add_row("error", f"{figures.mean_error:.2%} on average, of {figures.error_kind}")
         table.add_row("worst", ", ".join(f"{name} {figures.errors[name]:.2%}" for name in worst))
+    if activations := figures.recipe.activations:
+        how = "a scale for each token" if activations.dynamic else "one scale, calibrated"
+        on_cpu = "; computed in float32: the CPU multiplies no fp8" if activations.kind == "fp8" else ""
+        table.add_row("activations", f"{activations.kind}, {how}{on_cpu}")
     if figures.recipe.kv_cache:
         form = figures.recipe.kv_cache
         each = {
@@ -146,7 +150,9 @@ def _formats(figures: Any) -> str:
     """How many matrices have which format."""
     counts: dict[str, int] = {}
     for name in figures.errors:
-        form = figures.recipe.format_of(name)
-        text = f"in {form.bits} bits, groups of {form.group_size}" + ("" if form.symmetric else " with zero points")
+        form, inputs = figures.recipe.format_of(name), figures.recipe.inputs_of(name)
+        text = "in fp8" if form.kind == "fp8" else f"in {form.bits} bits"
+        text += f", groups of {form.group_size}" if form.group_size else ", rows"
+        text += ("" if form.symmetric else " with zero points") + (", inputs rounded" if inputs else "")
         counts[text] = counts.get(text, 0) + 1
     return ", ".join(f"{count} {text}" for text, count in counts.items())

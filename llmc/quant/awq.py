@@ -40,7 +40,7 @@ CALIBRATES = True
 
 _SMALLEST = 1e-4  # of a scale before it is divided by its middle: a dead channel must not win everything
 _NOT_CLIPPED = (".attn.q", ".attn.k")
-_DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
+DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
 
 class Options(Strict):
@@ -154,9 +154,9 @@ class Awq:
     def _usable(self, group: SmoothingGroup, part: Part, scale: Tensor) -> Tensor:
         info = self._infos[f"{group.source}.weight"]
         source = part.weight(group.source)
-        if source.dim() == 2 or info.dtype not in _DTYPES:
+        if source.dim() == 2 or info.dtype not in DTYPES:
             return scale
-        return smoothing.representable(scale, source, _DTYPES[info.dtype])
+        return smoothing.representable(scale, source, DTYPES[info.dtype])
 
     def _rounded(
         self,

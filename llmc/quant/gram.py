@@ -51,7 +51,8 @@ def values_of(packed: Packed, form: WeightFormat, columns: int) -> Tensor:
 
 
 def grouped(matrix: Tensor, size: int) -> Tensor:
-    """[rows, columns] -> [rows, groups, size], the last group filled with zeros."""
+    """[rows, columns] -> [rows, groups, size], the last group filled with zeros; size 0 is a whole row."""
+    size = size or matrix.shape[1]
     missing = -matrix.shape[1] % size
     return torch.nn.functional.pad(matrix, (0, missing)).view(len(matrix), -1, size)
 

@@ -36,7 +36,7 @@ from llmc.config import parse
 from llmc.errors import CheckpointError, UserError
 from llmc.need import installed, need
 from llmc.quant import corpus, gate, pack
-from llmc.quant.algorithm import Transform, algorithm
+from llmc.quant.algorithm import Transform, algorithm, check_formats
 from llmc.quant.corpus import Calibration, Sample
 from llmc.quant.gate import Judge, Probe, Verdict
 from llmc.quant.mixed import Level, Mix, bits_by_part, parameters, room
@@ -308,21 +308,19 @@ def check_recipe(checkpoint: Checkpoint, recipe: QuantRecipe) -> QuantRecipe:
         raise UserError("every matrix is kept: nothing is left to quantize", param="keep")
     if recipe.weights is None:
         return recipe
-    options = parse(algorithm(recipe.algorithm).Options, recipe.options, where=f"options of {recipe.algorithm}")
-    return recipe.model_copy(update={"options": options.model_dump()})
+    module = algorithm(recipe.algorithm)
+    check_formats(recipe)
+    options = parse(module.Options, recipe.options, where=f"options of {recipe.algorithm}")
+    recipe = recipe.model_copy(update={"options": options.model_dump()})
+    complete = getattr(module, "complete", None)
+    return complete(checkpoint, recipe) if complete else recipe
 
 
 def _no_such_matrix(glob: str, matrices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(glob, [*matrices, *_kinds(matrices)], n=1)
+    near = difflib.get_close_matches(glob, [*matrices, *names.kinds(matrices)], n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     tied = " The head of this model is its embedding: keep 'embed'." if glob == "head" else ""
-    return f"no matrix fits '{glob}'{hint}.{tied} There are {', '.join(_kinds(matrices))}"
-
-
-def _kinds(matrices: Sequence[str]) -> list[str]:
-    """Names with layers left open: embed, layers.*.attn.q, ..."""
-    parts = (name.split(".") for name in matrices)
-    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name) for name in parts))
+    return f"no matrix fits '{glob}'{hint}.{tied} There are {', '.join(names.kinds(matrices))}"
 
 
 def _needed(recipe: QuantRecipe, calibration: Calibration | None) -> Calibration | None:
@@ -331,7 +329,8 @@ def _needed(recipe: QuantRecipe, calibration: Calibration | None) -> Calibration
     Raises:
         UserError: A text was given and nothing looks at it.
     """
-    calibrates = bool(recipe.weights and algorithm(recipe.algorithm).CALIBRATES)
+    is_static = bool(recipe.activations and not recipe.activations.dynamic)
+    calibrates = bool(recipe.weights and (is_static or algorithm(recipe.algorithm).CALIBRATES))
     observed = recipe.kv_cache is not None and recipe.kv_cache.scale != "dynamic"
     if calibrates or observed:
         need("torch")

@@ -28,6 +28,9 @@ from llmc.commands.values import Assignment, Percent
     help="Consecutive weights of a row that share a scale.",
 )
 @click.option("--asymmetric", is_flag=True, help="Give each group a zero point.")
+@click.option(
+    "--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the head, at least."
+)
 @click.option("--option", type=Assignment(), multiple=True, help="Of the algorithm, say act_order=false. Repeatable.")
 @click.option("--override", metavar="GLOB=BITS", type=Assignment(), multiple=True, help="Say head=8. Repeatable.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matrices, say embed or 'layers.0.*'. Repeatable.")
@@ -45,9 +48,11 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     What it cost is measured on --text (by default on a part of Python's own documentation and library), printed, and
     written into OUT as report.json and report.png.
     """
+    from llmc.checkpoint import Checkpoint
     from llmc.commands import judge, report
     from llmc.commands.progress import shown
     from llmc.config import parse
+    from llmc.quant.defaults import with_head
     from llmc.quant.quantize import NONE, Calibration, quantize
     from llmc.recipe import QuantRecipe
 
@@ -65,7 +70,9 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
         figures = quantize(
             checkpoint,
             out,
-            parse(QuantRecipe, values, where="quantize"),
+            with_head(
+                parse(QuantRecipe, values, where="quantize"), Checkpoint(checkpoint).spec, int(choices["head_bits"])
+            ),
             calibration=Calibration(path=choices["calibration"], tokens=choices["calibration_tokens"]),
             judge=judge.chosen(choices, progress),
             max_increase=choices["max_ppl_increase"],

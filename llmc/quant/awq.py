@@ -7,9 +7,10 @@
 
 b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's awq_lite and of AutoAWQ. The channels' means are over
 all of the calibration text, the outputs that are compared over some hundred tokens spread evenly over it, and both as
-the unquantized model computes them, as in the authors' code. The embedding is rounded to nearest; the head has no norm
-of its own to fold into and is clipped only. Clipping the layers, too, all but q and k as the authors do, is an option:
-each matrix loses less by it, the whole model more (docs/quantization.md has the figures).
+the unquantized model computes them, as in the authors' code. The variants are nvidia-modelopt's: `lite` searches
+scales, `clip` ranges, of all matrices but q and k as the authors do, `full` both. The embedding is rounded to nearest;
+the head has no norm of its own to fold into, so with 4 bits its ranges are searched in every variant. Clipping the
+layers, too, is not the default: each matrix loses less by it, the whole model more (docs/quantization.md has figures).
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class Options(Strict):
 
     Attributes:
         steps: Of the grid of a, from 0 to 1.
-        clip: Where ranges are searched, too: nowhere, for the head, or everywhere but for q and k.
+        variant: What is searched in layers: scales, ranges, or both.
         rows: Tokens whose outputs are compared.
     """
 
     steps: PositiveInt = 10
-    clip: Literal["none", "head", "all"] = "head"
+    variant: Literal["lite", "clip", "full"] = "lite"
     rows: PositiveInt = 512
 
 
@@ -122,7 +123,8 @@ class Awq:
         factors: dict[str, Tensor] = {}
         for group in self._groups.get(part.name, []):
             # Without a rounded target there is nothing to gain; without inputs nothing to go by.
-            if any(target in part.formats for target in group.targets) and set(group.targets) & set(leaders):
+            useful = any(target in part.formats for target in group.targets) and set(group.targets) & set(leaders)
+            if useful and self.options.variant != "clip":
                 scale = self._search(part, group, leaders, inputs)
                 wide = smoothing.fold(values, group, scale, heads=self._heads)
                 factors.update(dict.fromkeys(group.targets, wide))
@@ -174,7 +176,7 @@ class Awq:
                 continue
             # An expert that met no token is judged by inputs that are all alike, and not clipped.
             rows = inputs.rows(leaders[matrix]) if matrix in leaders else torch.eye(x.shape[1])
-            clip = self.options.clip == "all" and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
+            clip = self.options.variant != "lite" and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
             yield name, rounded(x, rows / factors.get(matrix, torch.ones(1)), form, clip=clip)
 
     def head(self, matrix: str, weight: Tensor, states: Sequence[Tensor] | States, form: WeightFormat) -> Packed:
@@ -182,7 +184,7 @@ class Awq:
         inputs = Inputs(self._every)
         for state in states:
             inputs.see(matrix, state.flatten(0, -2))
-        return rounded(weight, inputs.rows(matrix), form, clip=self.options.clip != "none")
+        return rounded(weight, inputs.rows(matrix), form, clip=form.bits < 8)
 
 
 def shares(weight: Tensor, form: WeightFormat) -> Tensor:

@@ -30,7 +30,8 @@ def test_default_is_int4(
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
     assert recipe.weights == WeightFormat(bits=4, group_size=32)
-    assert "16 in 4 bits, groups of 32; kept 0" in out
+    assert "15 in 4 bits, groups of 32, 1 in 8 bits, groups of 32; kept 0" in " ".join(out.split())
+    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32)}
     assert "on average" in out
     assert f"next: llmc build-engine {tmp_path / 'q'}" in out
 

@@ -118,7 +118,7 @@ class Awq:
         watched = dict.fromkeys(
             [*part.formats, *(target for group in self._groups.get(part.name, []) for target in group.targets)]
         )
-        leaders = part.walker.observe(part.name, part.layer, part.states, watched, inputs.see)
+        leaders = part.walker.observe(part.name, part.layer, part.states, watched, inputs.see, advance=True)
         values = {f"{part.name}.{name}": x for name, x in part.layer.state_dict().items()}
         factors: dict[str, Tensor] = {}
         for group in self._groups.get(part.name, []):
@@ -128,7 +128,6 @@ class Awq:
                 scale = self._search(part, group, leaders, inputs)
                 wide = smoothing.fold(values, group, scale, heads=self._heads)
                 factors.update(dict.fromkeys(group.targets, wide))
-        part.walker.advance(part.layer, part.states)
         return dict(self._rounded(part, values, factors, leaders, inputs))
 
     def _search(self, part: Part, group: SmoothingGroup, leaders: dict[str, str], inputs: Inputs) -> Tensor:

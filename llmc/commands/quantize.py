@@ -27,7 +27,9 @@ from llmc.commands.values import Assignment, Percent
     show_default=True,
     help="Consecutive weights of a row that share a scale.",
 )
-@click.option("--asymmetric", is_flag=True, help="Give each group a zero point.")
+@click.option(
+    "--asymmetric/--symmetric", default=None, help="Groups with a zero point, or without. [default: with, in 4 bits]"
+)
 @click.option(
     "--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the head, at least."
 )
@@ -57,7 +59,8 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     from llmc.recipe import QuantRecipe
 
     weights = {"bits": int(choices["bits"]), "group_size": int(choices["group_size"])}
-    weights["symmetric"] = not choices["asymmetric"]
+    asymmetric = choices["asymmetric"]
+    weights["symmetric"] = weights["bits"] == 8 if asymmetric is None else not asymmetric
     values = {
         "algorithm": choices["algo"],
         "weights": None if choices["algo"] == NONE else weights,

@@ -12,7 +12,7 @@ from llmc.spec import ModelSpec
 
 
 def with_head(recipe: QuantRecipe, spec: ModelSpec, bits: int) -> QuantRecipe:
-    """Give the head `bits`, unless it has more or the recipe says something of it already.
+    """Give the head `bits` without zero points, unless it has more or the recipe says something of it already.
 
     Every token's logits go through the head, and nothing behind it can make up for what it loses: rounded to 4 bits it
     costs as much as some layers do together (docs/quantization.md). A tied head is the embedding.
@@ -21,5 +21,5 @@ def with_head(recipe: QuantRecipe, spec: ModelSpec, bits: int) -> QuantRecipe:
     told = any(fnmatchcase(head, glob) for glob in (*recipe.keep, *recipe.overrides))
     if recipe.weights is None or recipe.weights.bits >= bits or told:
         return recipe
-    form = recipe.weights.model_copy(update={"bits": bits})
+    form = recipe.weights.model_copy(update={"bits": bits, "symmetric": True})
     return recipe.model_copy(update={"overrides": {**recipe.overrides, head: form}})

@@ -12,7 +12,7 @@ from llmc.checkpoint import Checkpoint
 from llmc.quant.defaults import with_head
 from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
 
-INT4, INT8 = WeightFormat(bits=4, group_size=64, symmetric=False), WeightFormat(bits=8, group_size=64, symmetric=False)
+INT4, INT8 = WeightFormat(bits=4, group_size=64, symmetric=False), WeightFormat(bits=8, group_size=64)
 
 
 @pytest.mark.parametrize(

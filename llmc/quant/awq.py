@@ -2,15 +2,16 @@
 
     for each smoothing group:   s = mean|x|^a / mean(|w| / max of its group)^b
                                 a of a grid, b 0 or 1 - a, s over the geometric middle of its extremes;
-                                the s with the least |X W^T - Q(W s) (X / s)|^2, summed over the group's linears
+                                the s with the least |X W^T - Q(W s) (X / s)|^2 / |X W^T|^2, summed over the linears
     then:                       fold s into the norm or the linear before (smoothing.py), clip (scales.py), round
 
-b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's awq_lite and of AutoAWQ. The channels' means are over
-all of the calibration text, the outputs that are compared over some hundred tokens spread evenly over it, and both as
-the unquantized model computes them, as in the authors' code. The variants are nvidia-modelopt's: `lite` searches
-scales, `clip` ranges, of all matrices but q and k as the authors do, `full` both. The embedding is rounded to nearest;
-the head has no norm of its own to fold into, so with 4 bits its ranges are searched in every variant. Clipping the
-layers, too, is not the default: each matrix loses less by it, the whole model more (docs/quantization.md has figures).
+Each linear's error counts relative to its own output: in a plain sum q, whose outputs are large, chooses the scale and
+v pays for it (docs/quantization.md has figures). b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's
+awq_lite and of AutoAWQ. The channels' means are over all of the calibration text, the outputs that are compared over
+some hundred tokens spread evenly over it, and both as the unquantized model computes them, as in the authors' code. The
+variants are nvidia-modelopt's: `lite` searches scales, `clip` ranges, of all matrices but q and k as the authors do,
+`full` both. The embedding is rounded to nearest; the head has no norm of its own to fold into, so with 4 bits its
+ranges are searched in every variant.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Options(Strict):
     """
 
     steps: PositiveInt = 10
-    variant: Literal["lite", "clip", "full"] = "lite"
+    variant: Literal["lite", "clip", "full"] = "full"
     rows: PositiveInt = 512
 
 
@@ -139,6 +140,7 @@ class Awq:
         share = torch.cat([shares(part.weight(target), part.formats[target]) for target in rounded]).mean(0)
         share = smoothing.gather(share, group.repeat, self._heads)
         rows = {leader: inputs.rows(leader) for leader in {leaders[target] for target in rounded}}
+        whole = {target: float((rows[leaders[target]] @ part.weight(target).T).square().sum()) for target in rounded}
 
         def loss(scale: Tensor) -> float:
             wide = smoothing.spread(scale, group.repeat, self._heads)
@@ -146,7 +148,7 @@ class Awq:
             for target in rounded:
                 weight, form = part.weight(target), part.formats[target]
                 lost = nearest(weight * wide, form).div_(wide).sub_(weight)
-                total += float((rows[leaders[target]] @ lost.T).square().sum())
+                total += float((rows[leaders[target]] @ lost.T).square().sum()) / max(whole[target], 1e-30)
             return total
 
         found = [self._usable(group, part, scale) for scale in candidates(magnitude, share, self.options.steps)]

@@ -7,7 +7,7 @@ import copy
 import io
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,36 @@ def test_channels_that_the_text_uses_most_lose_least(
     assert sum(clipped.values()) < sum(nothing.values())
     readers = [matrix for matrix in nothing if matrix.endswith((".q", ".k", ".v", ".gate", ".up"))]
     assert sum(unclipped[matrix] for matrix in readers) < 0.8 * sum(nothing[matrix] for matrix in readers)
+
+
+def test_no_linear_pays_for_another_whose_outputs_are_larger(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q's outputs are a thousand times v's, and it alone would gain by a scale that ruins k and v."""
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    for tensor, values in tensors.items():
+        if tensor.endswith("attn.q.weight"):
+            values *= 1000
+            values[:, ::7] *= 8
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint(folder)
+    ruinous = torch.ones(checkpoint.spec.hidden_size)
+    ruinous[::7] = 1 / 8
+    monkeypatch.setattr(awq, "candidates", lambda magnitude, *_: iter([torch.ones_like(magnitude)]))
+    _, nothing = results(checkpoint, variant="lite")
+
+    def candidates(magnitude: torch.Tensor, *_: object) -> Iterator[torch.Tensor]:
+        yield torch.ones_like(magnitude)
+        if len(magnitude) == len(ruinous):
+            yield ruinous
+
+    monkeypatch.setattr(awq, "candidates", candidates)
+    _, found = results(checkpoint, variant="lite")
+    for layer in range(checkpoint.spec.num_layers):
+        for name in "kv":
+            matrix = f"layers.{layer}.attn.{name}"
+            assert found[matrix] == pytest.approx(nothing[matrix], rel=0.3)
 
 
 def test_what_is_kept_is_folded_all_the_same(tiny_checkpoint: Callable[[str], Path]) -> None:

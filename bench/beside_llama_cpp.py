@@ -1,10 +1,10 @@
 """llama.cpp's files beside ours, in the table of bench/quantization.py.
 
-    python bench/llama_cpp.py CHECKPOINT WORK GGUF...
+    python bench/beside_llama_cpp.py CHECKPOINT WORK GGUF...
 
 The same windows of the same text, the same tokens (compared), the same float32 original to differ from; the KV cache in
 float32. Needs the package llama-cpp-python, and WORK/fp32.npy, which bench/quantization.py leaves behind. Rows bear the
-names of the files.
+names of the files and their folders.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def main(source: Path, work: Path, files: Sequence[Path]) -> None:
     if "fp32" not in bench.rows:
         raise SystemExit(f"first: python bench/quantization.py {source} {work} rtn4-g32")
     for path in files:
-        if path.name not in bench.rows:
+        name = f"{path.parent.name}/{path.name}"
+        if name not in bench.rows:
             made = {"bytes_after": path.stat().st_size, "seconds": 0, "peak_bytes": 0}
-            bench.add(path.name, reader(path, bench.windows), made)
+            bench.add(name, reader(path, bench.windows), made)
     show(bench.rows, list(bench.texts))
 
 

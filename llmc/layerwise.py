@@ -131,12 +131,15 @@ class Walker:
         for index, state in enumerate(states):
             states[index] = self.through(layer, state)
 
-    def observe(self, part: str, layer: nn.Module, states: States, linears: Iterable[str], see: See) -> dict[str, str]:
-        """Run a layer that is loaded, and look at what goes into its linears; the states stay as they are.
+    def observe(
+        self, part: str, layer: nn.Module, states: States, linears: Iterable[str], see: See, *, advance: bool = False
+    ) -> dict[str, str]:
+        """Run a layer that is loaded, and look at what goes into its linears.
 
         Args:
             linears: Canonical names.
             see: Called once for each input of each window, with the first linear that reads it.
+            advance: Move the states behind the layer; else they stay as they are.
 
         Returns:
             Linear -> the first one that reads the same input. Linears that met no token are missing.
@@ -160,9 +163,11 @@ class Walker:
             for name in linears
         ]
         try:
-            for state in states:
-                self.through(layer, state)
+            for index, state in enumerate(states):
+                behind = self.through(layer, state)
                 met.clear()
+                if advance:
+                    states[index] = behind
         finally:
             for hook in hooks:
                 hook.remove()

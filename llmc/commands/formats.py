@@ -24,8 +24,9 @@ def fields(choices: Mapping[str, Any]) -> dict[str, Any]:
     if algorithm in _ROWS:
         found = _rows(algorithm, choices)
     else:
-        weights = {"bits": int(choices["bits"] or 4), "group_size": int(choices["group_size"] or 32)}
-        weights["symmetric"] = not choices["asymmetric"]
+        weights: dict[str, Any] = {"bits": int(choices["bits"] or 4), "group_size": int(choices["group_size"] or 32)}
+        asymmetric = choices["asymmetric"]
+        weights["symmetric"] = weights["bits"] == 8 if asymmetric is None else not asymmetric
         found = {
             "weights": None if algorithm == "none" else weights,
             "overrides": {glob: {**weights, "bits": bits} for glob, bits in choices["override"]},

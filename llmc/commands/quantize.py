@@ -37,7 +37,12 @@ from llmc.commands.values import Assignment, Percent
 @click.option("--shift", is_flag=True, help="Of smoothquant: centre each channel first.")
 @click.option("--smooth-pieces", metavar="K", type=int, help="Of smoothquant: K pieces of channels, each searched.")
 @click.option("--per-tensor", is_flag=True, help="Of fp8: one scale for a matrix, not one for each row.")
-@click.option("--asymmetric", is_flag=True, help="Give each group a zero point.")
+@click.option(
+    "--asymmetric/--symmetric", default=None, help="Groups with a zero point, or without. [default: with, in 4 bits]"
+)
+@click.option(
+    "--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the head, at least."
+)
 @click.option("--option", type=Assignment(), multiple=True, help="Of the algorithm, say act_order=false. Repeatable.")
 @click.option("--override", metavar="GLOB=BITS", type=Assignment(), multiple=True, help="Say head=8. Repeatable.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matrices, say embed or 'layers.0.*'. Repeatable.")
@@ -69,7 +74,7 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
         figures = quantize(
             checkpoint,
             out,
-            recipes.chosen(choices),
+            recipes.chosen(choices, checkpoint),
             calibration=Calibration(path=choices["calibration"] or None, tokens=choices["calibration_tokens"]),
             judge=judge.chosen(choices, progress),
             probe=judge.probe(choices, progress),

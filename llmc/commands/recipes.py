@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from llmc.recipe import QuantRecipe
 
 
-def chosen(choices: Mapping[str, Any]) -> QuantRecipe:
+def chosen(choices: Mapping[str, Any], checkpoint: Path) -> QuantRecipe:
     """The recipe.
 
     Args:
         choices: The values of the options.
+        checkpoint: What it is for.
 
     Raises:
         UserError: They do not fit together.
     """
+    from llmc.checkpoint import Checkpoint
     from llmc.commands import formats
     from llmc.config import parse
+    from llmc.quant.defaults import with_head
     from llmc.recipe import QuantRecipe
 
     values = {
@@ -33,7 +36,8 @@ def chosen(choices: Mapping[str, Any]) -> QuantRecipe:
         "keep": choices["keep"],
         "kv_cache": _kv_cache(choices),
     }
-    return parse(QuantRecipe, values, where="quantize")
+    recipe = parse(QuantRecipe, values, where="quantize")
+    return with_head(recipe, Checkpoint(checkpoint).spec, int(choices["head_bits"]))
 
 
 def _kv_cache(choices: Mapping[str, Any]) -> dict[str, str] | None:

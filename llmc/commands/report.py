@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,41 @@ def folder_size(folder: Path) -> str:
 
 
 def evaluation(rows: list[dict[str, Any]]) -> None:
-    """The table of `llmc evaluate`, from the figures that `--json` writes."""
+    """The table of `llmc evaluate`, from the figures that `--json` writes; columns without any figure are left out."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{rows[0]['tokens']} predicted tokens; KL and top-1 against the first", box=None)
-    table.add_column("folder", overflow="fold")
-    for heading in ("kind", "size", "perplexity", "vs first", "KL", "top-1", "tokens/s"):
+    first = rows[0]
+    last_parts = [row["folder"].rstrip("/").rpartition("/")[2] for row in rows]
+    unambiguous = len(set(last_parts)) == len(rows) and "" not in last_parts
+
+    def versus(row: dict[str, Any]) -> str:
+        same = row.get("top1") is not None and row is not first
+        return f"{row['perplexity'] / first['perplexity'] - 1:+.1%}" if same else ""
+
+    def passed(row: dict[str, Any]) -> str:
+        return f"{sum(task['passed'] for task in row['tasks'])} of {len(row['tasks'])} ({row['pass_at_1']:.0%})"
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "size": lambda row: "" if row["bytes"] is None else human(row["bytes"]),
+        "perplexity": lambda row: f"{row['perplexity']:.3f}" if "perplexity" in row else "",
+        "vs first": versus,
+        "KL": lambda row: "" if row.get("kl") is None else f"{row['kl']:.4f}",
+        "top-1": lambda row: "" if row.get("top1") is None else f"{row['top1']:.1%}",
+        "pass@1": lambda row: passed(row) if "tasks" in row else "",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "",
+    }
+    title = f"{first['tokens']} predicted tokens; KL and top-1 against the first" if "perplexity" in first else None
+    table = Table(title=title, box=None)
+    table.add_column("model", overflow="fold", min_width=16)
+    table.add_column("kind", no_wrap=True)
+    cells = {name: [of(row) for row in rows] for name, of in columns.items()}
+    kept = {name: column for name, column in cells.items() if any(column)}
+    for heading in kept:
         table.add_column(heading, justify="right", no_wrap=True)
-    last_parts = [Path(row["folder"]).resolve().name for row in rows]
-    unambiguous = len(set(last_parts)) == len(rows)
-    for row, last_part in zip(rows, last_parts, strict=True):
-        versus = ("", "", "")
-        if row["kl"] is not None:
-            change = row["perplexity"] / rows[0]["perplexity"] - 1
-            versus = (f"{change:+.1%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
-        speed = f"{row['tokens_per_second']:.0f}"
-        table.add_row(
-            last_part if unambiguous else row["folder"],
-            row["kind"],
-            human(row["bytes"]),
-            f"{row['perplexity']:.3f}",
-            *versus,
-            speed,
-        )
+    for at, row in enumerate(rows):
+        name = last_parts[at] if unambiguous else row["folder"]
+        table.add_row(name, row["kind"], *(column[at] for column in kept.values()))
     Console().print(table)
 
 

@@ -74,10 +74,11 @@ class Gptq:
         grams = Grams()
         leaders = part.walker.observe(part.name, part.layer, part.states, part.formats, grams.see)
         found: Found = {}
-        for matrix, form in part.formats.items():
-            # An expert that met no token has nothing to go by: it is rounded to nearest.
-            if matrix in leaders:
-                found[f"{matrix}.weight"] = solve(part.weight(matrix), grams.sums[leaders[matrix]], form, self.options)
+        # An expert that met no token has nothing to go by: it is rounded to nearest.
+        for leader in dict.fromkeys(leaders.values()):
+            gram = grams.take(leader)
+            for matrix in (matrix for matrix in part.formats if leaders.get(matrix) == leader):
+                found[f"{matrix}.weight"] = solve(part.weight(matrix), gram, part.formats[matrix], self.options)
         values = {
             name: values_of(packed, part.formats[name.removesuffix(".weight")], part.weight(name[:-7]).shape[1])
             for name, packed in found.items()
@@ -92,7 +93,7 @@ class Gptq:
         grams = Grams()
         for state in states:
             grams.see(matrix, state.flatten(0, -2))
-        return solve(weight, grams.sums[matrix], form, self.options)
+        return solve(weight, grams.take(matrix), form, self.options)
 
 
 def solve(weight: Tensor, gram: Tensor, form: WeightFormat, options: Options) -> Packed:

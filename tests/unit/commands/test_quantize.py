@@ -30,8 +30,9 @@ def test_default_is_int4(
     assert (status, err) == (0, "")
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
-    assert recipe.weights == WeightFormat(bits=4, group_size=32)
-    assert "16 in 4 bits, groups of 32; kept 0" in out
+    assert recipe.weights == WeightFormat(bits=4, group_size=32, symmetric=False)
+    assert "15 in 4 bits, groups of 32 with zero points, 1 in 8 bits, groups of 32; kept 0" in " ".join(out.split())
+    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32)}
     assert "on average" in out
     assert f"next: llmc build-engine {tmp_path / 'q'}" in out
 
@@ -83,8 +84,8 @@ def test_options_reach_the_recipe(
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
     assert recipe.options == {"act_order": False, "damping": 0.05, "search": True}
-    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32)}
-    assert "15 in 4 bits, groups of 32, 1 in 8 bits" in out
+    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32, symmetric=False)}
+    assert "15 in 4 bits, groups of 32 with zero points, 1 in 8 bits" in " ".join(out.split())
     assert re.search(r"perplexity +not measured", out)
     assert "calibration half" in " ".join(out.split())
 

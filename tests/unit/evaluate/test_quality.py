@@ -33,7 +33,7 @@ def test_is_what_whole_models_give(name: str, tiny_checkpoint: Callable[[str], P
     result = made(original.folder, tmp_path / "q")
     found = quality(original, result, windows())
     subjects = [
-        Subject(item.folder, "checkpoint", open_reference(item.folder), windows()) for item in (original, result)
+        Subject(str(item.folder), "checkpoint", windows(), open_reference(item.folder)) for item in (original, result)
     ]
     first, second = compare(subjects)
     assert second.agreement is not None

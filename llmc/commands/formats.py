@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
 
 from llmc.errors import UserError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Those that have 8 bits, a scale for each row, and rounded activations of some kind.
 _ROWS = {"w8a8": "int8", "smoothquant": "int8", "fp8": "fp8"}
 
 # Of embedding and head beside them: no activation meets the one, and the other is worth its bits.
 _OUTSIDE = {"bits": 8, "group_size": 32}
+
+
+_OPTIONS = (
+    click.option("--bits", type=click.Choice(["4", "8"]), help="Of a weight. [default: 4]"),
+    click.option(
+        "--group-size",
+        type=click.Choice(["16", "32", "64", "128", "256"]),
+        help="Consecutive weights of a row that share a scale. [default: 32]",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["none", "dynamic", "static", "fp8"]),
+        help="Of inputs: a scale for each token, for all, or fp8. [default: w8a8, fp8 dynamic, smoothquant static]",
+    ),
+    click.option("--alpha", metavar="A", help="Of smoothquant: 0 to 1, or search, layer by layer. [default: search]"),
+    click.option("--shift", is_flag=True, help="Of smoothquant: centre each channel first."),
+    click.option("--smooth-pieces", metavar="K", type=int, help="Of smoothquant: K pieces of channels, each searched."),
+    click.option("--per-tensor", is_flag=True, help="Of fp8: one scale for a matrix, not one for each row."),
+    click.option(
+        "--asymmetric/--symmetric",
+        default=None,
+        help="Groups with a zero point, or without. [default: with, in 4 bits]",
+    ),
+    click.option(
+        "--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the head, at least."
+    ),
+)
+
+
+def options(function: Command) -> Command:
+    """Give a command the options whose values `fields` reads."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
 
 
 def fields(choices: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmc.commands import recipes
+from llmc.commands import formats, recipes
 from llmc.commands.values import Assignment, Percent
 
 
@@ -22,27 +22,7 @@ from llmc.commands.values import Assignment, Percent
     help="rtn rounds to the nearest code; gptq and awq look at a text; w8a8, smoothquant, fp8 round inputs, too; none "
     "keeps weights.",
 )
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Of a weight. [default: 4]")
-@click.option(
-    "--group-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
-    help="Consecutive weights of a row that share a scale. [default: 32]",
-)
-@click.option(
-    "--activations",
-    type=click.Choice(["none", "dynamic", "static", "fp8"]),
-    help="Round inputs: a scale for each token, one for all, or fp8. [default: w8a8, fp8 dynamic, smoothquant static]",
-)
-@click.option("--alpha", metavar="A", help="Of smoothquant: 0 to 1, or search, layer by layer. [default: search]")
-@click.option("--shift", is_flag=True, help="Of smoothquant: centre each channel first.")
-@click.option("--smooth-pieces", metavar="K", type=int, help="Of smoothquant: K pieces of channels, each searched.")
-@click.option("--per-tensor", is_flag=True, help="Of fp8: one scale for a matrix, not one for each row.")
-@click.option(
-    "--asymmetric/--symmetric", default=None, help="Groups with a zero point, or without. [default: with, in 4 bits]"
-)
-@click.option(
-    "--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the head, at least."
-)
+@formats.options
 @click.option("--option", type=Assignment(), multiple=True, help="Of the algorithm, say act_order=false. Repeatable.")
 @click.option("--override", metavar="GLOB=BITS", type=Assignment(), multiple=True, help="Say head=8. Repeatable.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matrices, say embed or 'layers.0.*'. Repeatable.")

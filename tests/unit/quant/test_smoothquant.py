@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +16,7 @@ import torch
 from llmc import rounding
 from llmc.checkpoint import Checkpoint
 from llmc.model import load
-from llmc.names import SmoothingGroup
+from llmc.names import SmoothingGroup, smoothing_groups
 from llmc.quant import inputs, piecewise, shift, smoothquant
 from llmc.quant.by_layer import ByLayer
 from llmc.quant.inputs import ByInputs
@@ -141,6 +143,15 @@ def test_where_a_shift_may_go(tiny_checkpoint: Callable[[str], Path]) -> None:
     assert left["qwen2"] == tuple(
         f"layers.*.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
     )
+
+
+def test_biases_of_few_bits_take_up_no_shift(tiny_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("gpt2"))
+    group = next(group for group in smoothing_groups(checkpoint.spec) if group.source.endswith("attn_norm"))
+    assert shift.folds(checkpoint, group)
+    name = f"{group.targets[0]}.bias"
+    checkpoint.infos[name] = dataclasses.replace(checkpoint.infos[name], dtype=np.dtype(ml_dtypes.bfloat16))
+    assert not shift.folds(checkpoint, group)
 
 
 @torch.inference_mode()

@@ -2,11 +2,12 @@
 
     pieces    k means of max|x|, from the smallest to the largest
     each      tries s = max|x|^a / max|w|^(1 - a), a = 0.2 ... 0.8, and s = 1, 1.5 ... 5 for all of its channels;
-              pieces that were searched keep what they found, those that wait have s = 1
+              pieces that wait have what serves all channels best together
 
 The search of PaddleNLP's post-training quantization (its docs/quantization.md, and piecewise_search.py of PaddleSlim,
-whose steps of alpha are finer). SmoothQuant's one alpha makes the few largest channels and all others pay for each
-other.
+whose steps of alpha are finer). There, pieces that wait have s = 1, so that the first is searched beside channels that
+are still too large, and several pieces can lose more than one; here they lose no more. SmoothQuant's one alpha makes
+the few largest channels and all others pay for each other.
 
 Knows: a trial. Does not know: models.
 """
@@ -26,11 +27,11 @@ _ROUNDS = 100  # of k means at most
 def search(trial: Trial, count: int) -> Tensor:
     """The scale [channels] of `count` pieces (or of fewer, where channels are fewer or alike)."""
     reach, weight_reach = trial.reach, trial.weight_reach.clamp(min=1e-12)
-    found = torch.ones_like(reach)
-    for piece in pieces(reach, count):
-        tried = [(reach.pow(a) / weight_reach.pow(1 - a)).clamp(1e-5, 1e5) for a in _ALPHAS]
-        tried += [torch.full_like(reach, scale) for scale in _SCALES]
-        found = min((torch.where(piece, scale, found) for scale in tried), key=trial.loss)
+    tried = [(reach.pow(a) / weight_reach.pow(1 - a)).clamp(1e-5, 1e5) for a in _ALPHAS]
+    tried += [torch.full_like(reach, scale) for scale in _SCALES]
+    found = min(tried, key=trial.loss)
+    for piece in pieces(reach, count) if count > 1 else ():
+        found = min((found, *(torch.where(piece, scale, found) for scale in tried)), key=trial.loss)
     return found
 
 

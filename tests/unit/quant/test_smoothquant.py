@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +16,7 @@ import torch
 from llmc import rounding
 from llmc.checkpoint import Checkpoint
 from llmc.model import load
-from llmc.names import SmoothingGroup
+from llmc.names import SmoothingGroup, smoothing_groups
 from llmc.quant import inputs, piecewise, shift, smoothquant
 from llmc.quant.by_layer import ByLayer
 from llmc.quant.inputs import ByInputs
@@ -95,7 +97,9 @@ def test_a_search_finds_what_any_alpha_finds_and_pieces_too(dynamic: bool) -> No
     fixed = [site.loss(smoothquant.smooth(site.reach, site.weight_reach, a)) for a in (0.25, 0.5, 0.75)]
     plain, found = site.loss(torch.ones(64)), site.loss(smoothquant.search(site, 20))
     assert found <= min(fixed) < 0.3 * plain
-    assert site.loss(piecewise.search(site, 3)) < 0.3 * plain
+    one, two, three = (site.loss(piecewise.search(site, count)) for count in (1, 2, 3))
+    assert three < one < 0.3 * plain
+    assert two <= one
 
 
 def test_loss_is_that_of_the_formula() -> None:
@@ -139,6 +143,15 @@ def test_where_a_shift_may_go(tiny_checkpoint: Callable[[str], Path]) -> None:
     assert left["qwen2"] == tuple(
         f"layers.*.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
     )
+
+
+def test_biases_of_few_bits_take_up_no_shift(tiny_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("gpt2"))
+    group = next(group for group in smoothing_groups(checkpoint.spec) if group.source.endswith("attn_norm"))
+    assert shift.folds(checkpoint, group)
+    name = f"{group.targets[0]}.bias"
+    checkpoint.infos[name] = dataclasses.replace(checkpoint.infos[name], dtype=np.dtype(ml_dtypes.bfloat16))
+    assert not shift.folds(checkpoint, group)
 
 
 @torch.inference_mode()

@@ -27,12 +27,8 @@ from llmc.commands.values import Assignment, Percent
     show_default=True,
     help="Consecutive weights of a row that share a scale.",
 )
-@click.option(
-    "--asymmetric/--symmetric", default=None, help="Groups with a zero point, or without. [default: with, in 4 bits]"
-)
-@click.option(
-    "--head-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the head, at least."
-)
+@click.option("--asymmetric/--symmetric", default=None, help="With a zero point a group. [default: in 4 bits]")
+@click.option("--head-bits", type=click.Choice(["4", "8"]), default="8", help="Of the head, at least. [default: 8]")
 @click.option("--option", type=Assignment(), multiple=True, help="Of the algorithm, say act_order=false. Repeatable.")
 @click.option("--override", metavar="GLOB=BITS", type=Assignment(), multiple=True, help="Say head=8. Repeatable.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matrices, say embed or 'layers.0.*'. Repeatable.")
@@ -50,7 +46,6 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     What it cost is measured on --text (by default on a part of Python's own documentation and library), printed, and
     written into OUT as report.json and report.png.
     """
-    from llmc.checkpoint import Checkpoint
     from llmc.commands import judge, report
     from llmc.commands.progress import shown
     from llmc.config import parse
@@ -59,8 +54,7 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     from llmc.recipe import QuantRecipe
 
     weights = {"bits": int(choices["bits"]), "group_size": int(choices["group_size"])}
-    asymmetric = choices["asymmetric"]
-    weights["symmetric"] = weights["bits"] == 8 if asymmetric is None else not asymmetric
+    weights["symmetric"] = weights["bits"] == 8 if choices["asymmetric"] is None else not choices["asymmetric"]
     values = {
         "algorithm": choices["algo"],
         "weights": None if choices["algo"] == NONE else weights,
@@ -73,9 +67,7 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
         figures = quantize(
             checkpoint,
             out,
-            with_head(
-                parse(QuantRecipe, values, where="quantize"), Checkpoint(checkpoint).spec, int(choices["head_bits"])
-            ),
+            with_head(parse(QuantRecipe, values, where="quantize"), checkpoint, int(choices["head_bits"])),
             calibration=Calibration(path=choices["calibration"], tokens=choices["calibration_tokens"]),
             judge=judge.chosen(choices, progress),
             max_increase=choices["max_ppl_increase"],

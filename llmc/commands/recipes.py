@@ -24,7 +24,6 @@ def chosen(choices: Mapping[str, Any], checkpoint: Path) -> QuantRecipe:
     Raises:
         UserError: They do not fit together.
     """
-    from llmc.checkpoint import Checkpoint
     from llmc.commands import formats
     from llmc.config import parse
     from llmc.quant.defaults import with_head
@@ -37,7 +36,7 @@ def chosen(choices: Mapping[str, Any], checkpoint: Path) -> QuantRecipe:
         "kv_cache": _kv_cache(choices),
     }
     recipe = parse(QuantRecipe, values, where="quantize")
-    return with_head(recipe, Checkpoint(checkpoint).spec, int(choices["head_bits"]))
+    return with_head(recipe, checkpoint, int(choices["head_bits"]))
 
 
 def _kv_cache(choices: Mapping[str, Any]) -> dict[str, str] | None:

@@ -93,7 +93,7 @@ FIELDS: dict[str, Field] = {
     "do_gptq": Field(False, "--algo gptq"),
     "gptq_step": Field(8, _STEPS),
     "do_awq": Field(False, "--algo awq"),
-    "auto_clip": Field(False, "--option clip=all"),
+    "auto_clip": Field(False, "--option variant=full"),
     "awq_step": Field(8, _STEPS),
     "autoclip_step": Field(8, _STEPS),
     "load_quant_model": Field(False, "", (False,), "`llmc evaluate` on the quantized checkpoint"),
@@ -256,7 +256,7 @@ def _weights_alone(config: Values, bits: str) -> dict[str, Any]:
     found: dict[str, Any] = {"algo": "awq" if awq else "rtn", "bits": bits, "group_size": "128"}
     if awq:
         # Its AWQSearch has a grid of 20.
-        found["option"] = ["steps=20", f"clip={'all' if config['auto_clip'] else 'none'}"]
+        found["option"] = ["steps=20", f"variant={'full' if config['auto_clip'] else 'lite'}"]
     return found
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from llmc.checkpoint import Checkpoint
 from llmc.quant.defaults import with_head
 from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
 
@@ -31,10 +30,10 @@ def test_gives_the_head_eight_bits(
     model: str, said: dict[str, Any], expected: dict[str, Any], tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     recipe = QuantRecipe(**{"algorithm": "rtn", "weights": INT4, **said})
-    assert with_head(recipe, Checkpoint(tiny_checkpoint(model)).spec, 8).overrides == expected
-    assert with_head(recipe, Checkpoint(tiny_checkpoint(model)).spec, 4) == recipe
+    assert with_head(recipe, tiny_checkpoint(model), 8).overrides == expected
+    assert with_head(recipe, tiny_checkpoint(model), 4) == recipe
 
 
 def test_leaves_alone_what_has_no_weights(tiny_checkpoint: Callable[[str], Path]) -> None:
     recipe = QuantRecipe(algorithm="none", kv_cache=KVCacheFormat())
-    assert with_head(recipe, Checkpoint(tiny_checkpoint("llama")).spec, 8) == recipe
+    assert with_head(recipe, tiny_checkpoint("llama"), 8) == recipe

@@ -49,7 +49,7 @@ FP8 = {
 }  # fmt: skip
 ALONE = {"keep": ["[!l]*"]}
 SMOOTHED = {**ALONE, "algo": "smoothquant", "activations": "static", "smooth_pieces": 3}
-AWQED = {**ALONE, "algo": "awq", "bits": "4", "group_size": "128", "option": ["steps=20", "clip=all"]}
+AWQED = {**ALONE, "algo": "awq", "bits": "4", "group_size": "128", "option": ["steps=20", "variant=full"]}
 GPTQED = {**ALONE, "algo": "gptq", "bits": "4", "group_size": "128", "option": ["damping=0.1", "act_order=true"]}
 FP8ED = {**ALONE, "algo": "fp8", "activations": "static", "per_tensor": True}
 GPTQ = {"do_gptq": True, "gptq_step": 8}
@@ -105,8 +105,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "smooth_piecewise_search": (SMOOTH, True, {"smooth_pieces": 3}),
     "smooth_k_piece": ({**SMOOTH, "smooth_piecewise_search": True}, 6, {"smooth_pieces": 6}),
     "do_gptq": ({}, True, {"algo": "gptq"}),
-    "do_awq": (INT4, True, {"algo": "awq", "option": ["steps=20", "clip=none"]}),
-    "auto_clip": ({**INT4, "do_awq": True}, True, {"option": ["steps=20", "clip=all"]}),
+    "do_awq": (INT4, True, {"algo": "awq", "option": ["steps=20", "variant=lite"]}),
+    "auto_clip": ({**INT4, "do_awq": True}, True, {"option": ["steps=20", "variant=full"]}),
 }
 # Of each of the other fields: a value that changes nothing and is told why, or one that is refused by name.
 TOLD = {
@@ -235,7 +235,7 @@ def context(tmp_path: Path, values: dict[str, Any], *typed: str) -> Context:
 
 def test_the_command_s_recipe(tmp_path: Path) -> None:
     recipe = recipes.chosen(context(tmp_path, AWQ).params)
-    assert recipe.model_dump()["options"] == {"steps": 20, "clip": "all"}
+    assert recipe.model_dump()["options"] == {"steps": 20, "variant": "full"}
     assert (recipe.algorithm, recipe.keep) == ("awq", ("[!l]*",))
     assert recipe.weights is not None
     assert (recipe.weights.bits, recipe.weights.group_size) == (4, 128)

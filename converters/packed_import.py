@@ -42,7 +42,7 @@ METHODS = {
     "compressed-tensors": "llmc.converters.layouts.compressed_tensors",
     "modelopt": "llmc.converters.layouts.modelopt",
 }
-_SIZES: tuple[int, ...] = get_args(WeightFormat.model_fields["group_size"].annotation)
+_SIZES = tuple(size for size in get_args(WeightFormat.model_fields["group_size"].annotation) if size)
 _ROW = 128  # the size of the groups that a row with one scale becomes
 
 
@@ -289,7 +289,7 @@ def _packed(matrix: Matrix, form: WeightFormat) -> Packed:
     groups = form.groups(columns)
     times = -(-groups // matrix.scale.shape[1])
     scale, zero = (np.repeat(each, times, axis=1)[:, :groups] for each in (matrix.scale, matrix.zero))
-    padding = np.repeat(zero[:, -1:], groups * form.group_size - columns, axis=1)
+    padding = np.repeat(zero[:, -1:], groups * form.width(columns) - columns, axis=1)
     codes = np.concatenate((matrix.codes, padding), axis=1)
     return Packed(
         pack_codes(codes, form.bits),

@@ -211,7 +211,7 @@ def _notes(values: Values, config: Values, found: Values) -> list[str]:
         reasons.setdefault(FIELDS[name].becomes or "off, as it must be", []).append(name)
     notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     if "group_size" in found and "group" not in config["weight_quant_method"]:
-        notes.append("weight_quant_method: groups of 128, which have more scales than a row of its own")
+        notes.append("weight_quant_method: groups of 128, in 4 bits with zero points: finer than a scale for each row")
     return notes
 
 

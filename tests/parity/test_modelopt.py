@@ -15,9 +15,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from llmc import model, text
+from llmc import model
 from llmc.checkpoint import Checkpoint
-from llmc.quant.quantize import Calibration, quantize
+from llmc.quant.corpus import Calibration, read
+from llmc.quant.quantize import quantize
 from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
 from llmc.tokenizer import Tokenizer
 
@@ -95,7 +96,7 @@ def test_same_as_modelopt(case: str, tmp_path: Path, tiny_checkpoint: Callable[[
     recipe = recipe.model_copy(update={"keep": ("embed", "head")})
     is_dynamic = bool(recipe.activations and recipe.activations.dynamic)
     quantize(folder, tmp_path / "out", recipe, calibration=None if is_dynamic else calibration)
-    windows = text.windows(calibration.read(), Tokenizer.load(folder), 64, limit=1024)
+    windows = list(read(calibration, Tokenizer.load(folder), 64).windows)
     theirs = modelopts(tiny.TINY["llama-multi-head"].build(), windows, preset, algorithm, inputs)
     ours = Checkpoint(tmp_path / "out")
 

@@ -37,6 +37,7 @@ def recipe(algorithm: str, weights: WeightFormat = ROWS, kind: Any = "int8", dyn
 
 
 GROUPS = WeightFormat(bits=4, group_size=32)
+ZEROS = WeightFormat(bits=4, group_size=32, symmetric=False)
 PER_TENSOR = FP8.model_copy(update={"per_tensor": True})
 CASES = {
     "w8a8 dynamic": (["qwen2", "opt-350m", "mixtral"], recipe("w8a8")),
@@ -56,6 +57,7 @@ CASES = {
     "fp8 everywhere": (["llama-tied"], recipe("fp8", FP8, "fp8").model_copy(update={"outside": None})),
     "fp8 weights alone": (["qwen3"], QuantRecipe(algorithm="fp8", weights=FP8)),
     "w4a8": (["llama", "mixtral"], recipe("rtn", GROUPS)),
+    "w4a8 with zero points": (["qwen2", "llama"], recipe("rtn", ZEROS)),
     "w4a8 in fp8": (["llama"], recipe("rtn", GROUPS, "fp8")),
     "some kept": (["qwen2"], recipe("w8a8", keep=("layers.0.attn.q", "layers.*.mlp.down"))),
 }

@@ -120,7 +120,7 @@ def test_a_configuration_of_paddlenlp(
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
     assert (recipe.algorithm, recipe.keep) == ("gptq", ("[!l]*",))
-    assert recipe.weights == WeightFormat(bits=4, group_size=64)
+    assert recipe.weights == WeightFormat(bits=4, group_size=64, symmetric=False)
     assert recipe.options == {"act_order": True, "damping": 0.1, "search": True}
     assert "20 rows of src/tgt, through the model's chat template" in " ".join(out.split())
 

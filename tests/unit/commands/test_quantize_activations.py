@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,12 +36,12 @@ CASES: dict[str, tuple[WeightFormat, ActivationFormat | None, str]] = {
     ),
     "--algo fp8 --activations none": (WeightFormat(kind="fp8", bits=8, group_size=0), None, "Gemm in float32"),
     "--algo rtn --group-size 64 --activations dynamic": (
-        WeightFormat(bits=4, group_size=64),
+        WeightFormat(bits=4, group_size=64, symmetric=False),
         ActivationFormat(),
         "MatMulNBits, products in int8",
     ),
     "--algo rtn --activations fp8": (
-        WeightFormat(bits=4, group_size=32),
+        WeightFormat(bits=4, group_size=32, symmetric=False),
         ActivationFormat(kind="fp8"),
         "MatMulNBits in float32",
     ),
@@ -66,8 +67,9 @@ def test_options_become_formats_and_formats_kernels(
     status, out, err = run(capsys, "build-engine", tmp_path / "q", tmp_path / "engine")
     assert status == 0, err
     assert kernel in out
-    outside = WeightFormat(bits=8, group_size=32) if weights.group_size == 0 else weights
-    assert recipe.format_of("head") == recipe.format_of("embed") == outside
+    eight = WeightFormat(bits=8, group_size=weights.group_size or 32)
+    assert recipe.format_of("head") == eight
+    assert recipe.format_of("embed") == (weights if weights.group_size else eight)
     assert recipe.inputs_of("head") is None
 
 
@@ -113,3 +115,37 @@ def test_static_scales_need_an_algorithm_that_finds_them() -> None:
 def test_dynamic_scales_need_no_torch() -> None:
     code = "import sys, llmc.quant.quantize, llmc.quant.scaled; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# The files of PaddleNLP's llm/config that round activations -> algorithm, kind, KV cache.
+PADDLENLP: dict[str, tuple[dict[str, object], tuple[str, str, str | None]]] = {
+    "ptq": (
+        {"smooth": True, "smooth_piecewise_search": True, "smooth_k_piece": 3, "shift": True},
+        ("smoothquant", "int8", None),
+    ),
+    "without smoothing": ({"act_quant_method": "abs_max"}, ("w8a8", "int8", None)),
+    "ptq_c8": ({"smooth": True, "quant_type": "a8w8c8"}, ("smoothquant", "int8", "int8")),
+    "fp8_ptq": ({"use_fp8": "WA", "weight_quant_method": "abs_max"}, ("fp8", "fp8", None)),
+}
+
+
+@pytest.mark.parametrize("name", PADDLENLP)
+def test_a_configuration_of_paddlenlp(
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its file to an engine, embedding and head as they were."""
+    values, expected = PADDLENLP[name]
+    (tmp_path / "argument.json").write_text(json.dumps({"do_ptq": True, "ptq_step": 16, **values}), encoding="utf-8")
+    options = ["--config", tmp_path / "argument.json", "--calibration-tokens", 256, "--text-tokens", 100]
+    status, out, err = run(capsys, "quantize", tiny_checkpoint("llama"), tmp_path / "q", *options)
+    assert status == 0, err
+    assert "perplexity" in out
+    recipe = Checkpoint(tmp_path / "q").recipe
+    assert recipe is not None
+    assert recipe.activations is not None
+    assert not recipe.activations.dynamic
+    cache = recipe.kv_cache.kind if recipe.kv_cache else None
+    assert (recipe.algorithm, recipe.activations.kind, cache) == expected
+    assert recipe.format_of("embed") is recipe.format_of("head") is None
+    status, out, err = run(capsys, "build-engine", tmp_path / "q", tmp_path / "engine")
+    assert status == 0, err

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.evaluate.quality import sensitivity
 from llmc.model import load
+from llmc.quant.corpus import Calibration
 from llmc.quant.mixed import Mix, bits_by_part, matrices_by_part, parameters
 from llmc.quant.quantize import quantize
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
+from llmc.runtime import Tokens
 
 INT4 = WeightFormat(bits=4, group_size=32)
 INT8 = WeightFormat(bits=8, group_size=32)
@@ -143,3 +146,49 @@ def test_a_target_with_real_sensitivity(tiny_checkpoint: Callable[[str], Path], 
     assert (tmp_path / "q" / "report.png").is_file()
     widths = [width for part in report["bits_by_part"].values() for width in part]
     assert {4, 8} <= set(widths)
+
+
+ROWS, FP8 = WeightFormat(bits=8, group_size=0), WeightFormat(kind="fp8", bits=8, group_size=0)
+ROUNDED = {
+    "w8a8": QuantRecipe(algorithm="w8a8", weights=ROWS, outside=INT8, activations=ActivationFormat()),
+    "smoothquant": QuantRecipe(
+        algorithm="smoothquant",
+        weights=ROWS,
+        outside=INT8,
+        activations=ActivationFormat(dynamic=False),
+        options={"alpha": 0.5, "shift": True},
+    ),
+    "fp8": QuantRecipe(algorithm="fp8", weights=FP8, outside=INT8, activations=ActivationFormat(kind="fp8")),
+    "4 bits": QuantRecipe(algorithm="rtn", weights=INT4, outside=INT8, activations=ActivationFormat()),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_activations(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """What costs most goes up to what the original has, and costs nothing then; embedding and head keep their own format."""
+    source, recipe = Checkpoint(tiny_checkpoint("llama-bias")), ROUNDED[name]
+    lowest = 8 * plan_bytes(Mix(source, recipe, KL), source, recipe) / parameters(source.spec)
+    target = 0.5 * (32 + lowest)
+    read: list[Tokens] = []
+
+    def probe(original: Checkpoint, result: Checkpoint, windows: Sequence[Tokens]) -> dict[str, float]:
+        read.extend(windows)
+        return sensitivity(original, result, windows)
+
+    calibration = None if recipe.algorithm != "smoothquant" else Calibration(tokens=1024)
+    figures = quantize(source.folder, tmp_path / "q", recipe, calibration=calibration, probe=probe, target_bits=target)
+    made = Checkpoint(tmp_path / "q")
+    assert 0.5 * lowest + 0.5 * target < figures.bits <= target
+    assert made.recipe is not None
+    raised = {
+        matrix for matrix in names.matrices(source.spec) if made.recipe.format_of(matrix) != recipe.format_of(matrix)
+    }
+    assert raised
+    for matrix in names.matrices(source.spec):
+        found = made.recipe.format_of(matrix)
+        if matrix in raised and found is None:
+            assert made[f"{matrix}.weight"].dtype == source[f"{matrix}.weight"].dtype
+            assert made.recipe.inputs_of(matrix) is None
+        elif not matrix.startswith("layers."):
+            assert found == INT8
+    assert sum(sensitivity(source, made, read).values()) < 0.8 * sum(figures.sensitivity.values())

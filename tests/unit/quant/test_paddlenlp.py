@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,8 @@ def context(tmp_path: Path, values: dict[str, Any], *typed: str) -> Context:
     return command.make_context("quantize", ["checkpoint", "out", "--config", str(path), *typed])
 
 
-def test_the_command_s_recipe(tmp_path: Path) -> None:
-    recipe = recipes.chosen(context(tmp_path, AWQ).params)
+def test_the_command_s_recipe(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    recipe = recipes.chosen(context(tmp_path, AWQ).params, tiny_checkpoint("llama"))
     assert recipe.model_dump()["options"] == {"steps": 20, "variant": "full"}
     assert (recipe.algorithm, recipe.keep) == ("awq", ("[!l]*",))
     assert recipe.weights is not None
@@ -243,9 +244,9 @@ def test_the_command_s_recipe(tmp_path: Path) -> None:
     assert recipe.format_of("layers.0.attn.q") == recipe.weights
 
 
-def test_what_is_typed_goes_before_it(tmp_path: Path) -> None:
+def test_what_is_typed_goes_before_it(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     made = context(tmp_path, GPTQ, "--group-size", "32", "--option", "damping=0.02")
-    recipe = recipes.chosen(made.params)
+    recipe = recipes.chosen(made.params, tiny_checkpoint("llama"))
     assert recipe.weights is not None
     assert (recipe.algorithm, recipe.weights.group_size, recipe.options) == ("gptq", 32, {"damping": 0.02})
     assert made.get_parameter_source("group_size") is ParameterSource.COMMANDLINE

@@ -31,7 +31,6 @@ from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo
 
-_KINDS = ("int",)  # of weight formats, that a Grid can say
 _OUTSIDE = "a quantized embedding or head"
 
 
@@ -77,6 +76,11 @@ def export(
         raise UserError(
             f"the weights of {folder} are not quantized, and this format is for those that are: "
             f"llmc quantize {folder} OUT, and export OUT (or export {folder} with --format hf)"
+        )
+    if recipe.shifted:
+        raise UserError(
+            f"inputs of {folder} are shifted before they are rounded, which no format has a place for: llmc "
+            "build-engine has, or quantize without --shift"
         )
     family, spec = native.form(found)
     planned = [(layout, _items(layout, family, spec, recipe)) for layout in layouts]
@@ -126,9 +130,15 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
         return _Item(bound, reason=_OUTSIDE)
     if len(forms) > 1 or form is None:
         return _Item(bound, reason="linears in one whose formats differ")
-    if form.kind not in _KINDS:
-        return _Item(bound, reason=f"the format {form.kind}")
-    grid = Grid(form.bits, form.group_size, form.symmetric)
+    module = bound.ours[0].removesuffix(".weight")
+    inputs = recipe.inputs_of(module)
+    if recipe.is_multiplied(module):
+        return _Item(bound, reason="inputs that are multiplied before they are rounded")
+    if layout.rounded != (form.kind == "fp8" or inputs is not None):
+        return _Item(bound, reason="weights alone" if layout.rounded else "rounded inputs and float8")
+    if form.per_tensor and len(bound.ours) > 1:
+        return _Item(bound, reason="linears in one with a scale each")
+    grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
     rows, columns = sum(shape[0] for shape in bound.shapes), bound.shapes[0][1]
     linear = Linear(rows, columns, grid, turned=bound.rule.op.rows is not None)
     reason = layout.lacks(linear)
@@ -200,11 +210,15 @@ def _matrix(found: Checkpoint, item: _Item, linear: Linear) -> Matrix:
     bits, size = linear.grid.bits, linear.grid.group_size or linear.in_features
     join = (item.bound.rule.op.rows or item.bound.rule.op).join
     modules = [name.removesuffix(".weight") for name in item.bound.ours]
-    codes = [pack.unpack_codes(found[f"{module}.qweight"], bits, linear.groups * size) for module in modules]
+    stored = [found[f"{module}.qweight"].view(np.uint8) for module in modules]
+    codes = [pack.unpack_codes(part, bits, linear.groups * size) for part in stored]
     scale = [found[f"{module}.scale"] for module in modules]
     whole = join([part[:, : linear.in_features] for part in codes], found.spec)
     if linear.grid.symmetric:
-        return Matrix(whole, join(scale, found.spec), middle(linear))
+        # Linears in one read the same input: one scale (llmc/quant/inputs.py).
+        is_static = linear.grid.inputs is not None and not linear.grid.inputs.dynamic
+        input_scale = found[f"{modules[0]}.input_scale"] if is_static else None
+        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale)
     zero = [pack.unpack_codes(found[f"{module}.zero"], bits, linear.groups) for module in modules]
     return Matrix(whole, join(scale, found.spec), join(zero, found.spec))
 
@@ -219,9 +233,10 @@ def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
         raise CheckpointError(f"{found.folder} has no tensor '{name}'")
     zero = None if form.symmetric else found[f"{module}.zero"]
     columns = names.tensors(found.spec)[name][1]
-    return pack.dequantize(found[f"{module}.qweight"], found[f"{module}.scale"], zero, form, columns).astype(
-        dtype, copy=False
-    )
+    values = pack.dequantize(found[f"{module}.qweight"], found[f"{module}.scale"], zero, form, columns)
+    if (multiply := f"{module}.input_multiply") in found:
+        values *= found[multiply]
+    return values.astype(dtype, copy=False)
 
 
 def _count(scale: Array, counted: dict[str, Any], module: str) -> None:

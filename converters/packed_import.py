@@ -42,7 +42,7 @@ METHODS = {
     "compressed-tensors": "llmc.converters.layouts.compressed_tensors",
     "modelopt": "llmc.converters.layouts.modelopt",
 }
-_SIZES = tuple(size for size in get_args(WeightFormat.model_fields["group_size"].annotation) if size)
+_SIZES: tuple[int, ...] = tuple(size for size in get_args(WeightFormat.model_fields["group_size"].annotation) if size)
 _ROW = 128  # the size of the groups that a row with one scale becomes
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llmc.errors import UnsupportedModelError
 from llmc.quant.pack import Bytes, Floats, pack_codes, unpack_codes
+from llmc.recipe import ActivationFormat
 from llmc.tensors import Array, TensorInfo
 
 FLOAT16, FLOAT32, INT32 = np.dtype(np.float16), np.dtype(np.float32), np.dtype("<i4")
@@ -32,11 +33,17 @@ class Grid:
         bits: 4 or 8.
         group_size: Consecutive inputs that share a scale; None: a whole row.
         symmetric: All zero points are 2^(bits - 1).
+        kind: Whole numbers, or float8 e4m3.
+        per_tensor: One scale for all rows.
+        inputs: What the linear's input is rounded to, None when it is not.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool = True
+    kind: Literal["int", "fp8"] = "int"
+    per_tensor: bool = False
+    inputs: ActivationFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +75,16 @@ class Matrix:
     """A quantized linear, unpacked.
 
     Attributes:
-        codes: uint8 [out, in].
-        scale: float32 [out, groups].
+        codes: uint8 [out, in]; of fp8 its bytes.
+        scale: float32 [out, groups], or [1, 1] per tensor.
         zero: uint8 [out, groups]; 2^(bits - 1) throughout when symmetric.
+        input_scale: float32 [1], where all tokens share a scale.
     """
 
     codes: Bytes
     scale: Floats
     zero: Bytes
+    input_scale: Floats | None = None
 
 
 # quantization_config, and the other JSON files of a folder by their names.
@@ -98,6 +107,7 @@ class Layout:
             those outside (embedding, head) -> quantization_config, other files.
         mixes: Whether linears of one model may have different grids.
         optional: Suffixes that a file may leave out.
+        rounded: It is for linears of float8, and for those whose inputs are rounded, and for no others.
     """
 
     name: str
@@ -110,6 +120,7 @@ class Layout:
     zeros: tuple[str, Callable[[Array, Linear], Bytes]] | None = None
     mixes: bool = False
     optional: frozenset[str] = field(default=frozenset())
+    rounded: bool = False
 
 
 def middle(linear: Linear) -> Bytes:

@@ -30,6 +30,7 @@ from llmc.converters.layouts import (
     Linear,
     Matrix,
     bits_of,
+    compressed_rounded,
     from_words,
     group_of,
     middle,
@@ -153,5 +154,5 @@ def _is_named(module: str, target: str) -> bool:
     return re.match(target[3:], module) is not None if target.startswith("re:") else module == target
 
 
-LAYOUTS = (LAYOUT,)
+LAYOUTS = (LAYOUT, compressed_rounded.LAYOUT)
 export = functools.partial(packed_export.export, LAYOUTS)

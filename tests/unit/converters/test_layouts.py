@@ -23,7 +23,7 @@ ALL: dict[str, Layout] = {
 
 def test_every_format_is_written_and_read() -> None:
     assert set(METHODS.values()) == {row.module for row in FORMATS.values() if row.quantized}
-    assert set(ALL) == {*METHODS, "gptq_v2"}
+    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8"}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -60,5 +60,6 @@ def test_back_and_forth(
 
 @pytest.mark.parametrize("name", ALL)
 def test_it_has_a_place_for_the_usual_linear(name: str) -> None:
-    linear = Linear(64, 256, Grid(4, 128, symmetric=name != "gptq_v2"))
+    grid = Grid(8, None) if ALL[name].rounded else Grid(4, 128, symmetric=name != "gptq_v2")
+    linear = Linear(64, 256, grid)
     assert ALL[name].lacks(linear) is None

@@ -165,7 +165,7 @@ ROUNDED = {
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_rounded_activations(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """What costs most goes up to what the original has, and costs nothing then; embedding and head keep their own format."""
+    """What costs most goes up to what the original has, and costs nothing then; embedding and head keep theirs."""
     source, recipe = Checkpoint(tiny_checkpoint("llama-bias")), ROUNDED[name]
     lowest = 8 * plan_bytes(Mix(source, recipe, KL), source, recipe) / parameters(source.spec)
     target = 0.5 * (32 + lowest)

@@ -10,8 +10,9 @@ Knows: sites and their statistics. Does not know: how a scale is chosen (smoothq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,23 @@ class Trial:
 Choose = Callable[[Trial], Tensor]
 
 
+class _Attempt(NamedTuple):
+    """A site's centre and scale [channels], and what is lost with them."""
+
+    centre: Tensor
+    scale: Tensor
+    loss: float
+
+
+def least(attempts: Iterable[_Attempt]) -> _Attempt:
+    """The one that loses least, the first of equals.
+
+    A channel that is large at a single token, as some are at a text's first, has its middle far from all other tokens:
+    centred, Qwen2.5-0.5B loses many times what it does otherwise.
+    """
+    return min(attempts, key=lambda each: each.loss)
+
+
 def static_scale(reach: Tensor, form: ActivationFormat) -> Tensor:
     """The scale [1] of inputs that go up to `reach`."""
     return (reach.float() / HIGHEST[form.kind]).clamp(min=_NARROWEST).view(1)
@@ -117,7 +135,7 @@ class ByInputs:
 
     Args:
         choose: Chooses the scale of a site; None leaves inputs as they are.
-        centred: Shift each channel's middle to zero.
+        centred: Shift each channel's middle to zero, at sites where less is lost then.
     """
 
     def __init__(
@@ -184,17 +202,25 @@ class ByInputs:
         def narrow(columns: Tensor) -> Tensor:
             return smoothing.largest(columns, repeat, self._heads)
 
-        centre = (narrow(high) - narrow(-low)) / 2 if self._centred else torch.zeros_like(narrow(high))
-        wide_centre = widen(centre)
-        reach = narrow(torch.maximum((low - wide_centre).abs(), (high - wide_centre).abs()))
-        rows = {leader: seen.rows(leader) - wide_centre for leader in met}
         rounded = [target for target in targets if target in part.formats and target in leaders]
-        products = [Product(part.weight(name), rows[leaders[name]], part.formats[name]) for name in rounded]
-        scale = torch.ones_like(centre)
-        if self._choose:
-            scale = self._choose(Trial(self._form, reach, products, widen, narrow))
-            scale = self._usable(part, group, scale) if group else scale
-        wide = widen(scale)
+        all_rows = {leader: seen.rows(leader) for leader in met}
+
+        def attempt(centre: Tensor) -> _Attempt:
+            """The scale that goes with a centre, and what is lost with both."""
+            wide = widen(centre)
+            reach = narrow(torch.maximum((low - wide).abs(), (high - wide).abs()))
+            rows = {leader: x - wide for leader, x in all_rows.items()}
+            products = [Product(part.weight(name), rows[leaders[name]], part.formats[name]) for name in rounded]
+            trial = Trial(self._form, reach, products, widen, narrow)
+            scale = self._choose(trial) if self._choose else torch.ones_like(centre)
+            if group and self._choose:
+                scale = self._usable(part, group, scale)
+            return _Attempt(centre, scale, trial.loss(scale) if self._centred else 0.0)
+
+        middle = (narrow(high) - narrow(-low)) / 2
+        centres = (torch.zeros_like(middle), middle) if self._centred else (torch.zeros_like(middle),)
+        centre, scale, _ = least(map(attempt, centres))
+        wide_centre, wide = widen(centre), widen(scale)
         moved = group is not None and shift.folds(self._checkpoint, group)
         if self._centred and group and moved:
             shift.fold(values, group, centre, wide_centre)

@@ -53,6 +53,7 @@ def test_the_function_stays_as_it_was(
 ) -> None:
     """Every family, with random scales, before anything is rounded."""
     monkeypatch.setattr(rounding, "rounded", lambda x, scale, form: x)
+    monkeypatch.setattr(inputs, "least", lambda attempts: list(attempts)[-1])
     checkpoint, generator = Checkpoint(tiny_checkpoint(name)), torch.Generator().manual_seed(0)
     recipe = QuantRecipe(
         algorithm="smoothquant", weights=ROWS, outside=WeightFormat(bits=8, group_size=32),
@@ -109,6 +110,26 @@ def test_loss_is_that_of_the_formula() -> None:
     by, each = x.abs().max() / 127, w.abs().amax(1, keepdim=True) / 127
     wanted = ((x / by).round() * by) @ ((w / each).round() * each).T - product.rows @ product.weight.T
     assert site.loss(scale) == pytest.approx(float(wanted.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_centre_is_worth_its_loss_where_all_tokens_lie_to_one_side(dynamic: bool) -> None:
+    form = ActivationFormat(dynamic=dynamic)
+    torch.manual_seed(0)
+    weight, one_sided = torch.randn(32, 64) / 8, torch.randn(100, 64)
+    lonely = one_sided.clone()
+    one_sided[:, 3] += 50
+    lonely[0, 3] = 3000
+    for rows, helps in ((one_sided, True), (lonely, False)):
+        found = []
+        for centre in (torch.zeros(64), (rows.amax(0) + rows.amin(0)) / 2):
+            moved = rows - centre
+            site = inputs.Trial(
+                form, moved.abs().amax(0), [inputs.Product(weight, moved, ROWS)], lambda x: x, lambda x: x
+            )
+            scale = smoothquant.search(site, 20)
+            found.append(inputs._Attempt(centre, scale, site.loss(scale)))
+        assert bool(inputs.least(found).centre.any()) == helps
 
 
 def test_pieces_are_channels_of_like_size() -> None:

@@ -1,17 +1,20 @@
-"""What 4-bit weights cost on a real model, by algorithm: `python bench/quantization.py CHECKPOINT WORK [NAME...]`.
+"""What quantizing costs on a real model, by algorithm: `python bench/quantization.py CHECKPOINT WORK [NAME...]`.
 
-Each result is made by `llmc quantize` in a process of its own (WORK/NAME, kept for the next time) and read beside the
-original on 3,000 tokens of English (pydoc's topics) and 3,000 of Python (textwrap.py ...), in windows of
-512; nothing of either is in the calibration text. Prints a table and writes WORK/table.json.
+Each row of ROWS is made by `llmc quantize` in a process of its own (WORK/NAME) and read beside the original on 10,000
+tokens of English (pydoc's topics) and 10,000 of Python (textwrap.py ...), in windows of 512; nothing of either is in
+the calibration text. What was made and measured stays in WORK for the next time: WORK/table.json has the figures, of
+which every run prints a table. LLMC_BENCH_TOKENS=2000 is a quick look (use another WORK for it).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,108 +24,147 @@ from rich.table import Table
 from llmc import sample_text, text
 from llmc.checkpoint import Checkpoint
 from llmc.evaluate.agreement import Agreement
-from llmc.evaluate.perplexity import ROWS, Score, add, log_softmax
+from llmc.evaluate.perplexity import ROWS as AT_A_TIME
+from llmc.evaluate.perplexity import Score, add, log_softmax
 from llmc.layerwise import States, Walker
 from llmc.names import FRONT, TAIL, parts
-from llmc.runtime import Tokens
+from llmc.runtime import Logits, Tokens
 from llmc.tokenizer import Tokenizer
 
-TOKENS, WINDOW, CALIBRATION = 3000, 512, 4096
+TOKENS, WINDOW = int(os.environ.get("LLMC_BENCH_TOKENS", "10240")), 512
 
-RUNS = {
-    f"{algorithm}-g{size}": ["--algo", algorithm, "--group-size", str(size)]
-    + ([] if algorithm == "rtn" else ["--calibration-tokens", str(CALIBRATION)])
-    for size in (32, 128)
-    for algorithm in ("rtn", "gptq", "awq")
+# Name -> options of `llmc quantize`. A row more is a line more.
+ROWS = {
+    "rtn8-g32": ["--algo", "rtn", "--bits", "8", "--group-size", "32"],
+    "rtn4-g32": ["--algo", "rtn", "--group-size", "32"],
+    "awq4-g32": ["--algo", "awq", "--group-size", "32"],
+    "gptq4-g32": ["--algo", "gptq", "--group-size", "32"],
+    "rtn4-g128": ["--algo", "rtn", "--group-size", "128"],
+    "awq4-g128": ["--algo", "awq", "--group-size", "128"],
+    "gptq4-g128": ["--algo", "gptq", "--group-size", "128"],
 }
 
 
+def held_out(tokenizer: Tokenizer, tokens: int = TOKENS) -> dict[str, list[Tokens]]:
+    """What is read: windows of two texts."""
+    texts = {"English": sample_text.english("held-out"), "Python": sample_text.code("held-out")}
+    return {name: text.windows(content, tokenizer, WINDOW, limit=tokens) for name, content in texts.items()}
+
+
 @torch.inference_mode()
-def final_states(checkpoint: Checkpoint, windows: Sequence[Tokens]) -> tuple[Walker, States]:
+def final_states(checkpoint: Checkpoint, windows: Sequence[Tokens], cache: Path) -> tuple[Walker, States]:
     """What goes into the head, and a walker that has it loaded."""
     walker = Walker(checkpoint)
-    walker.load(FRONT)
-    states = walker.enter(windows)
-    for part in list(parts(checkpoint.spec))[1:-1]:
+    if cache.exists():
+        states = States(map(torch.from_numpy, np.split(np.load(cache), np.cumsum([len(x) for x in windows])[:-1], 1)))
+    else:
+        walker.load(FRONT)
+        states = walker.enter(windows)
+        for part in list(parts(checkpoint.spec))[1:-1]:
+            walker.drop()
+            walker.advance(walker.load(part), states)
         walker.drop()
-        walker.advance(walker.load(part), states)
+        walker.load(TAIL)
+        states = States(walker.decoder.leave(state) for state in states)
+        np.save(cache, np.concatenate([state.numpy() for state in states], 1))
     walker.drop()
     walker.load(TAIL)
-    return walker, States(walker.decoder.leave(state) for state in states)
+    return walker, states
 
 
-@torch.inference_mode()
-def measure(
-    original: tuple[Walker, States], other: tuple[Walker, States], windows: Sequence[Tokens]
-) -> tuple[Score, Agreement]:
+# (index of a window, some of its rows) -> logits [rows, vocab]
+Reader = Callable[[int, slice], Logits]
+
+
+def reader(walker: Walker, states: States) -> Reader:
+    """Logits from what `final_states` gave."""
+
+    @torch.inference_mode()
+    def read(index: int, rows: slice) -> Logits:
+        found: Logits = walker.decoder.logits(states[index][0, rows]).numpy()
+        return found
+
+    return read
+
+
+def measure(original: Reader, other: Reader, windows: Sequence[Tokens], at: range) -> dict[str, float]:
+    """The figures of one text: the windows `at`."""
     score, agreement = Score(), Agreement()
-    for index, window in enumerate(windows):
-        targets = window[1:]
-        for start in range(0, len(targets), ROWS):
-            rows = slice(start, min(start + ROWS, len(targets)))
-            exact, met = (
-                log_softmax(walker.decoder.logits(states[index][0, rows]).numpy())
-                for walker, states in (original, other)
-            )
+    for index in at:
+        targets = windows[index][1:]
+        for start in range(0, len(targets), AT_A_TIME):
+            rows = slice(start, min(start + AT_A_TIME, len(targets)))
+            exact, met = log_softmax(original(index, rows)), log_softmax(other(index, rows))
             add(score, met, targets[rows])
             agreement.add(exact, met)
-    return score, agreement
+    return {"perplexity": score.perplexity, "kl": agreement.kl, "top1": agreement.top1, "tokens": score.tokens}
 
 
-def quantized(source: Path, target: Path, options: list[str]) -> dict[str, float]:
+def quantized(source: Path, target: Path, options: list[str]) -> dict[str, Any]:
     if not target.exists():
         command = [sys.executable, "-m", "llmc.cli", "quantize", str(source), str(target), "--no-evaluate", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    report: dict[str, float] = json.loads((target / "report.json").read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads((target / "report.json").read_text(encoding="utf-8"))
     return report
 
 
+class Bench:
+    """The text, the original on it, and the table so far."""
+
+    def __init__(self, source: Path, work: Path) -> None:
+        work.mkdir(exist_ok=True)
+        self.work, self.original = work, Checkpoint(source)
+        texts = held_out(Tokenizer.load(source))
+        # One walk for both texts: windows of the second follow those of the first.
+        self.windows = [window for some in texts.values() for window in some]
+        cuts = np.cumsum([0, *map(len, texts.values())]).tolist()
+        self.texts = {name: range(cuts[at], cuts[at + 1]) for at, name in enumerate(texts)}
+        self._table = work / "table.json"
+        self.rows: dict[str, Any] = json.loads(self._table.read_text("utf-8")) if self._table.exists() else {}
+
+    def reader(self, name: str, checkpoint: Checkpoint) -> Reader:
+        """Of a checkpoint, whose last hidden states are kept."""
+        return reader(*final_states(checkpoint, self.windows, self.work / f"{name}.npy"))
+
+    def add(self, name: str, read: Reader, made: dict[str, Any]) -> None:
+        """Measure a row, and keep it."""
+        exact = self.reader("fp32", self.original)
+        row = {key: made[key] for key in ("bytes_after", "seconds", "peak_bytes")}
+        row |= {which: measure(exact, read, self.windows, at) for which, at in self.texts.items()}
+        self.rows[name] = row
+        self._table.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+
+
 def main(source: Path, work: Path, names: Sequence[str]) -> None:
-    original = Checkpoint(source)
-    tokenizer = Tokenizer.load(source)
-    texts = {"English": sample_text.english("held-out"), "Python": sample_text.code("held-out")}
-    held_out = {name: text.windows(content, tokenizer, WINDOW, limit=TOKENS) for name, content in texts.items()}
-    # One walk for both texts: windows of the second follow those of the first.
-    windows = [window for some in held_out.values() for window in some]
-    cuts = np.cumsum([0, *map(len, held_out.values())]).tolist()
-    exact = final_states(original, windows)
-    rows = []
-    for name in ["fp32", *names]:
-        found = exact if name == "fp32" else None
-        report = {"seconds": 0, "peak_bytes": 0, "bytes_after": sum(info.nbytes for info in original.infos.values())}
-        if found is None:
-            report = quantized(source, work / name, RUNS[name])
-            found = final_states(Checkpoint(work / name), windows)
-        row = {"name": name, **{key: report[key] for key in ("bytes_after", "seconds", "peak_bytes")}}
-        for at, which in enumerate(held_out):
-            part = slice(cuts[at], cuts[at + 1])
-            pair = [(walker, States(list(states)[part])) for walker, states in (exact, found)]
-            score, agreement = measure(pair[0], pair[1], windows[part])
-            row[which] = {"perplexity": score.perplexity, "kl": agreement.kl, "top1": agreement.top1}
-        rows.append(row)
-        (work / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    show(rows, list(held_out))
+    bench = Bench(source, work)
+    if "fp32" not in bench.rows:
+        size = sum(info.nbytes for info in bench.original.infos.values())
+        made = {"bytes_after": size, "seconds": 0, "peak_bytes": 0}
+        bench.add("fp32", bench.reader("fp32", bench.original), made)
+    for name in names:
+        if name not in bench.rows:
+            made = quantized(source, work / name, ROWS[name])
+            bench.add(name, bench.reader(name, Checkpoint(work / name)), made)
+    show(bench.rows, list(bench.texts))
 
 
-def show(rows: list[dict[str, object]], which: list[str]) -> None:
-    table = Table("", "bytes", "quantizing, s", "peak, GB", *(f"{name}: ppl, KL, top-1" for name in which), box=None)
-    for row in rows:
+def show(rows: dict[str, Any], which: Sequence[str]) -> None:
+    """The table; the first row is the baseline."""
+    heads = [f"{name}: ppl, KL, top-1" for name in which]
+    table = Table("", "size", "seconds", "peak", *heads, box=None)
+    first = next(iter(rows.values()))
+    for name, row in rows.items():
         cells = []
-        for name in which:
-            here, base = row[name], rows[0][name]
-            change = here["perplexity"] / base["perplexity"] - 1
+        for each in which:
+            here = row[each]
+            change = here["perplexity"] / first[each]["perplexity"] - 1
             cells.append(f"{here['perplexity']:.3f} ({change:+.1%}) {here['kl']:.4f} {here['top1']:.1%}")
-        table.add_row(
-            row["name"],
-            f"{row['bytes_after'] / 1e6:.0f} MB",
-            f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 1e9:.1f}",
-            *cells,
-        )
+        made = (f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f} GB") if row["seconds"] else ("", "")
+        table.add_row(name, f"{row['bytes_after'] / 1e6:.0f} MB", *made, *cells)
     Console(width=160).print(table)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or list(RUNS))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or list(ROWS))

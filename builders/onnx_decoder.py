@@ -292,7 +292,7 @@ class _Decoder:
         """Attention's first three inputs: packed in the first where one product can make them."""
         parts = [f"{at}.{name}" for name in "qkv"]
         is_plain = not self.spec.attention.qk_norm and self.rotations is None
-        if is_plain and len({self.lowering.format(part) for part in parts}) == 1:
+        if is_plain and self.lowering.alike(*parts):
             packed = self.lowering.linear(x, *parts, node=path(f"{at}.qkv"))
             return [self._batch(packed, f"{at}.qkv"), None, None]
         made = [self.lowering.linear(x, part) for part in parts]

@@ -1,8 +1,13 @@
 """Linears and the embedding as ONNX nodes, quantized or not: the lowering of a checkpoint's formats to operators.
 
-    format          linear                      embedding
-    none            Gemm (transB)               Gather
-    int4, int8      MatMulNBits                 GatherBlockQuantized
+    format                      linear                         embedding
+    none                        Gemm (transB)                  Gather
+    int4, int8 in groups        MatMulNBits                    GatherBlockQuantized
+    int8 in rows                MatMulIntegerToFloat
+    fp8                         Cast, Mul, Gemm (transB)       Cast, Mul, Gather
+
+Products of int8 in rows read rounded inputs, the others where the recipe says so (onnx_inputs.py). Weights of fp8 are
+stored as such; the session turns them into float32 once, when it is opened, because the CPU multiplies no fp8.
 
 The checkpoint's packed codes are MatMulNBits' own layout, so weights pass through byte by byte. A tied head and the
 embedding are the same bytes in the file.
@@ -20,12 +25,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from llmc import adapter, names
+from llmc.builders import onnx_inputs
 from llmc.builders.onnx_graph import MICROSOFT, Graph
+from llmc.builders.onnx_inputs import Inputs
 from llmc.quant import pack
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.recipe import FP8, ActivationFormat, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 
-INT8_ARITHMETIC = 4  # as an accuracy_level
+# As an accuracy_level.
+INT8_ARITHMETIC = 4
+FLOAT_ARITHMETIC = 1
 
 # What torch's functional.normalize takes for the length of a row of zeros.
 _SHORTEST = np.float32(1e-12)
@@ -66,6 +75,11 @@ class Lowering:
         self._recipe = recipe
         self._shapes = names.tensors(spec)
         self._known: dict[str, ir.Value] = {}
+        self.inputs = Inputs(graph, recipe, load)
+
+    def alike(self, *modules: str) -> bool:
+        """Whether linears have one format, and treat their inputs alike: then one product can make them all."""
+        return len({(self.format(module), *self.inputs.key(module)) for module in modules}) == 1
 
     def format(self, module: str) -> WeightFormat | None:
         weight = f"{module}.weight"
@@ -83,30 +97,55 @@ class Lowering:
         Returns:
             float32 [rows, sum of out].
         """
-        out_features = sum(self._shapes[f"{module}.weight"][0] for module in modules)
-        in_features = self._shapes[f"{modules[0]}.weight"][1]
-        has_bias = f"{modules[0]}.bias" in self._shapes
-        bias = self.weight(modules, "bias", (out_features,)) if has_bias else None
-        name, weight_format = node or path(modules[0]), self.format(modules[0])
-        if weight_format is None:
-            weight = self.weight(modules, "weight", (out_features, in_features))
-            return self._adapted(x, self.graph.call("Gemm", [x, weight, bias], name, transB=1), modules, name)
-        bits, groups = weight_format.bits, weight_format.groups(in_features)
-        blob = weight_format.group_size * bits // 8
-        codes = self.weight(modules, "qweight", (out_features, groups, blob), np.uint8)
-        scale = self.weight(modules, "scale", (out_features, groups))
-        product = self.graph.call(
+        name = node or path(modules[0])
+        return self._adapted(x, self._product(x, modules, name), modules, name)
+
+    def _product(self, x: ir.Value, modules: Modules, name: str) -> ir.Value:
+        rows = sum(self._shapes[f"{module}.weight"][0] for module in modules)
+        columns = self._shapes[f"{modules[0]}.weight"][1]
+        bias = self._bias(modules, rows)
+        form, inputs = self.format(modules[0]), self.inputs.form(modules[0])
+        if form is None:
+            weight = self.weight(modules, "weight", (rows, columns))
+            return self.graph.call("Gemm", [x, weight, bias], name, transB=1)
+        if inputs and inputs.kind == "fp8":
+            x = self.inputs.values(x, modules[0], name)
+        if form.kind == "fp8":
+            return self.graph.call("Gemm", [x, self._wide(modules, form, rows, columns), bias], name, transB=1)
+        if form.group_size == 0:
+            codes, scale = self.inputs.codes(x, modules[0], name)
+            return onnx_inputs.product(self.graph, codes, scale, self._int8(modules, rows, columns), bias, name)
+        level = self.accuracy_level
+        if inputs:
+            x = self.inputs.whole(x, modules[0], name) if inputs.kind == "int8" else x
+            level = INT8_ARITHMETIC if inputs.kind == "int8" else FLOAT_ARITHMETIC
+        return self._blocks(x, modules, form, (rows, columns), bias, name, level)
+
+    def _blocks(
+        self,
+        x: ir.Value,
+        modules: Modules,
+        form: WeightFormat,
+        shape: tuple[int, int],
+        bias: ir.Value | None,
+        name: str,
+        accuracy_level: int,
+    ) -> ir.Value:
+        """A product with weights in groups. Its int8 arithmetic is that of dynamic activations in the same groups."""
+        (rows, columns), groups = shape, form.groups(shape[1])
+        codes = self.weight(modules, "qweight", (rows, groups, form.group_size * form.bits // 8), np.uint8)
+        scale = self.weight(modules, "scale", (rows, groups))
+        return self.graph.call(
             "MatMulNBits",
-            [x, codes, scale, self._zero(modules, weight_format, out_features, groups), None, bias],
+            [x, codes, scale, self._zero(modules, form, rows, groups), None, bias],
             name,
             domain=MICROSOFT,
-            K=in_features,
-            N=out_features,
-            bits=bits,
-            block_size=weight_format.group_size,
-            accuracy_level=self.accuracy_level,
+            K=columns,
+            N=rows,
+            bits=form.bits,
+            block_size=form.group_size,
+            accuracy_level=accuracy_level,
         )
-        return self._adapted(x, product, modules, name)
 
     def _adapted(self, x: ir.Value, y: ir.Value, modules: Modules, name: str) -> ir.Value:
         """y + (mask * (x a^T)) b, where modules take adapters.
@@ -128,12 +167,57 @@ class Lowering:
         masked = self.graph.call("Mul", [inner, self._masks[kind]], f"{name}/lora/mask")
         return self.graph.call("Gemm", [masked, b, y], f"{name}/lora")
 
+    def _bias(self, modules: Modules, rows: int) -> ir.Value | None:
+        """The linears' biases, and what their shifted inputs take from the outputs."""
+        has_bias = f"{modules[0]}.bias" in self._shapes
+        if not (self._recipe and self._recipe.is_shifted(modules[0])):
+            return self.weight(modules, "bias", (rows,)) if has_bias else None
+
+        def load() -> Array:
+            kinds = ("bias", "input_bias") if has_bias else ("input_bias",)
+            parts = [[self.load(f"{module}.{kind}").astype(np.float32) for module in modules] for kind in kinds]
+            total: Array = np.stack([np.concatenate(part) for part in parts]).sum(axis=0)
+            return total
+
+        return self.graph.weight("+".join(f"{module}.shifted_bias" for module in modules), np.float32, (rows,), load)
+
+    def _int8(self, modules: Modules, rows: int, columns: int) -> list[ir.Value]:
+        """Weights int8 [in, out] and scales float32 [out]."""
+
+        def load() -> Array:
+            codes = np.concatenate([self.load(f"{module}.qweight") for module in modules])
+            return np.ascontiguousarray((codes ^ np.uint8(128)).view(np.int8).T)
+
+        stored = "+".join(f"{module}.qweight" for module in modules)
+        return [
+            self.graph.weight(stored, np.int8, (columns, rows), load),
+            self.weight(modules, "scale", (rows,)),
+        ]
+
+    def _wide(self, modules: Modules, form: WeightFormat, rows: int, columns: int) -> ir.Value:
+        """Weights of fp8 as float32 [out, in]."""
+        name = "+".join(modules)
+        if f"{name}.wide" not in self._known:
+            codes = self.weight(modules, "qweight", (rows, columns), FP8)
+            wide = self.graph.call("Cast", [codes], f"{path(name)}/wide_weight", to=ir.DataType.FLOAT)
+
+            def load() -> Array:
+                sizes = (self._shapes[f"{module}.weight"][0] for module in modules)
+                scales = [np.broadcast_to(self.load(f"{m}.scale"), (n, 1)) for m, n in zip(modules, sizes, strict=True)]
+                return np.concatenate(scales)
+
+            scale = self.graph.weight(f"{name}.row_scale", np.float32, (rows, 1), load)
+            self._known[f"{name}.wide"] = self.graph.call("Mul", [wide, scale], f"{path(name)}/weight")
+        return self._known[f"{name}.wide"]
+
     def embedding(self, tokens: ir.Value, module: str) -> ir.Value:
         """Rows of a matrix: int64 [tokens] -> float32 [tokens, width]."""
         rows, width = self._shapes[f"{module}.weight"]
         weight_format = self.format(module)
         if weight_format is None:
             return self.graph.call("Gather", [self.weight([module], "weight", (rows, width)), tokens], path(module))
+        if weight_format.kind == "fp8":
+            return self.graph.call("Gather", [self._wide([module], weight_format, rows, width), tokens], path(module))
         bits, groups = weight_format.bits, weight_format.groups(width)
         padded = groups * weight_format.group_size
         inputs = [
@@ -200,3 +284,21 @@ class Lowering:
 
             self._known[key] = self.graph.weight(name, dtype, shape, load, stored=stored)
         return self._known[key]
+
+
+def kernel(form: WeightFormat | None, inputs: ActivationFormat | None, accuracy_level: int) -> tuple[str, str]:
+    """A format of matrices and what computes them, for people."""
+    if form is None:
+        return "float32", "Gemm in float32"
+    label = f"fp8, a scale {'for all' if form.per_tensor else 'for each row'}" if form.kind == "fp8" else ""
+    label = label or f"int{form.bits} " + (f"group {form.group_size}" if form.group_size else "rows")
+    if inputs:
+        each = "one scale" if not inputs.dynamic else "a scale for each token"
+        label += f" x {inputs.kind} inputs, {each}"
+    if form.kind == "fp8" or (inputs and inputs.kind == "fp8"):
+        product = "Gemm" if form.kind == "fp8" else "MatMulNBits"
+        return label, f"{product} in float32: the CPU multiplies no fp8, and weights are widened when the engine opens"
+    if form.group_size == 0:
+        return label, "MatMulIntegerToFloat, products in int8"
+    is_int8 = inputs or accuracy_level == INT8_ARITHMETIC
+    return label, f"MatMulNBits, products in {'int8' if is_int8 else 'float32'}"

@@ -58,6 +58,8 @@ def _common_format(lowering: Lowering, spec: ModelSpec, moe: Moe, at: str) -> We
     form = found.pop()
     if found or form is None or spec.mlp.activation != "silu":
         return None
+    if form.group_size == 0 or lowering.inputs.form(f"{at}.experts.0.up"):
+        return None
     has_whole_groups = spec.hidden_size % form.group_size == 0 == moe.intermediate_size % form.group_size
     is_exact = form.bits == 4 or lowering.accuracy_level == INT8_ARITHMETIC
     return form if has_whole_groups and is_exact else None

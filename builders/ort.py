@@ -16,6 +16,7 @@ from llmc.builders import onnx_decoder, onnx_linear
 from llmc.checkpoint import Checkpoint, copy_tokenizer
 from llmc.engine import Engine
 from llmc.errors import UserError
+from llmc.recipe import KVCacheFormat
 
 # MatMulNBits' accuracy_level by the arithmetic of quantized products.
 ACCURACY_LEVELS = {"int8": onnx_linear.INT8_ARITHMETIC, "float32": 1}
@@ -49,7 +50,7 @@ def build(
         UserError: `target` exists, or an option does not fit the checkpoint.
     """
     checkpoint = Checkpoint(source)
-    engine = _engine(checkpoint, max_length, kv_cache).model_copy(update={"lora": lora})
+    engine = _engine(checkpoint, max_length, kv_cache, ACCURACY_LEVELS[arithmetic]).model_copy(update={"lora": lora})
     with manifests.creating(target, overwrite=overwrite) as folder:
         graph = onnx_decoder.draw(
             checkpoint.spec,
@@ -75,30 +76,59 @@ def build(
     return engine
 
 
-def _engine(checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["float32", "int8"] | None) -> Engine:
+def _engine(
+    checkpoint: Checkpoint, max_length: int | None, kv_cache: Literal["float32", "int8"] | None, accuracy_level: int
+) -> Engine:
     """What the options make of a checkpoint."""
     source, spec = checkpoint.folder, checkpoint.spec
-    has_scales = checkpoint.recipe is not None and checkpoint.recipe.kv_cache is not None
-    if kv_cache == "int8" and not has_scales:
+    form = checkpoint.recipe.kv_cache if checkpoint.recipe else None
+    if form is not None and kv_cache != "float32":
+        _check_cache(source, form)
+    if kv_cache == "int8" and form is None:
         raise UserError(
             f"{source} has no scales for an int8 KV cache: make them with "
             f"`llmc quantize {source} OUT --algo none --kv-cache int8 --calibration TEXT`"
         )
     if max_length is not None and not 0 < max_length <= spec.max_positions:
         raise UserError(f"--max-length {max_length}: {source} was made for 1 to {spec.max_positions} tokens")
+    counts, kernels = _formats(checkpoint, accuracy_level)
     return Engine(
         backend="ort",
         spec=spec,
         max_length=max_length or spec.max_positions,
-        kv_cache=kv_cache or ("int8" if has_scales else "float32"),
-        weights=_formats(checkpoint),
+        kv_cache=kv_cache or ("int8" if form else "float32"),
+        weights=counts,
+        kernels=kernels,
     )
 
 
-def _formats(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many matrices are stored in each way."""
+def _check_cache(source: Path, form: KVCacheFormat) -> None:
+    """GroupQueryAttention takes k_scale and v_scale as inputs, per tensor or per channel, and gives none back: what it
+    writes it quantizes with scales that were there before. float8 is among the operator's types, but not among those of
+    its CPU kernel (onnxruntime 1.31)."""
+    instead = "or build with --kv-cache float32"
+    if form.kind == "fp8":
+        raise UserError(
+            f"{source} was made for an fp8 KV cache, which ONNX Runtime keeps on CUDA only: quantize with "
+            f"--kv-cache int8 for a CPU, {instead}"
+        )
+    if form.scale == "dynamic":
+        raise UserError(
+            f"{source} was made for a KV cache with dynamic scales, and ONNX Runtime's GroupQueryAttention has stored "
+            f"ones alone, per tensor or per channel: quantize with --kv-scale channel (or head), {instead}"
+        )
+
+
+def _formats(checkpoint: Checkpoint, accuracy_level: int) -> tuple[dict[str, int], dict[str, str]]:
+    """How many matrices are stored in each way, and what computes them."""
     found: Counter[str] = Counter()
+    kernels: dict[str, str] = {}
+    recipe = checkpoint.recipe
     for matrix in names.matrices(checkpoint.spec):
-        form = checkpoint.recipe.format_of(matrix) if checkpoint.recipe else None
-        found["float32" if form is None else f"int{form.bits} group {form.group_size}"] += 1
-    return dict(found)
+        forms = (recipe.format_of(matrix), recipe.inputs_of(matrix)) if recipe else (None, None)
+        label, kernel = onnx_linear.kernel(*forms, accuracy_level)
+        if checkpoint.spec.moe and forms[1] is None:
+            kernel = kernel.replace("MatMulNBits", "MatMulNBits (of whole mixtures QMoE)")
+        found[label] += 1
+        kernels[label] = kernel
+    return dict(found), kernels

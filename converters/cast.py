@@ -49,7 +49,7 @@ def on_disk(infos: Mapping[str, TensorInfo], dtype: np.dtype[Any] | None) -> Ten
         if info.dtype not in FLOATS.values() and not (dtype is not None and info.dtype == np.float64):
             raise CheckpointError(
                 f"{info.path}: '{name}' is {info.dtype}, and llmc converts float32, float16 and bfloat16 "
-                "(float64 with --dtype): a checkpoint that is quantized already cannot be converted"
+                "(float64 with --dtype): it looks quantized, and no quantization_config says how"
             )
 
     def load(name: str) -> Array:

@@ -20,12 +20,14 @@ class Format:
         about: One line, for people.
         next: What to do with the outcome; `{out}` stands for its folder, `{checkpoint}` for what it was made from.
         kinds: Types of number to choose from; none where the tensors stay as they are, to the bit.
+        quantized: It takes quantized checkpoints, and no others.
     """
 
     module: str
     about: str
     next: str
     kinds: tuple[str, ...] = ()
+    quantized: bool = False
 
 
 FORMATS = {
@@ -49,6 +51,30 @@ FORMATS = {
         "one file for llama.cpp",
         "llama-cli -m {out}/model.gguf",
         ("f32", "f16", "bf16", "q8_0", "q4_0"),
+    ),
+    "gptq": Format(
+        "llmc.converters.layouts.gptq",
+        "AutoGPTQ's packed weights, for transformers with gptqmodel, vLLM and others",
+        "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+        quantized=True,
+    ),
+    "awq": Format(
+        "llmc.converters.layouts.awq",
+        "AutoAWQ's packed weights, for transformers with gptqmodel, vLLM and others",
+        "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+        quantized=True,
+    ),
+    "compressed-tensors": Format(
+        "llmc.converters.layouts.compressed_tensors",
+        "packed weights for transformers with compressed-tensors, and vLLM",
+        "python -c 'import transformers as t; t.AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+        quantized=True,
+    ),
+    "modelopt": Format(
+        "llmc.converters.layouts.modelopt",
+        "NVIDIA Model Optimizer's unified checkpoint, for TensorRT-LLM and vLLM",
+        "llmc convert {out} CHECKPOINT",
+        quantized=True,
     ),
 }
 

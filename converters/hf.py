@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from llmc import checkpoint, json_file, tensors
 from llmc import manifest as manifests
 from llmc.checkpoint import SOURCE, Checkpoint
-from llmc.converters import cast, families, hf_tokenizer, own, pickled
+from llmc.converters import cast, families, hf_tokenizer, own, packed_import, pickled
 from llmc.converters import source as sources
 from llmc.converters.rules import Family, Progress, Tensors, from_canonical
 from llmc.converters.source import Source
@@ -31,7 +31,7 @@ from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
 from llmc.manifest import Manifest, Parent
 from llmc.spec import ModelSpec
-from llmc.tensors import TensorInfo
+from llmc.tensors import Array, TensorInfo
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,6 +69,8 @@ def open_source(source: Path) -> Source:
     """
     folder, parent = _locate(source)
     config = json_file.read(folder / CONFIG)
+    packing = packed_import.find(folder, config)
+    config.pop(packed_import.CONFIG_KEY, None)
     family, spec = families.read_spec(config, folder / CONFIG)
     if "auto_map" in config:
         logger.warning(f"{folder / CONFIG}: 'auto_map' names code that came with the model: llmc does not run it")
@@ -82,6 +84,7 @@ def open_source(source: Path) -> Source:
         copy=functools.partial(copy_words, folder, config),
         parents=(parent,),
         packages=("torch",) if has_pickles else (),
+        packed=(packing, infos) if packing else None,
     )
     return replace(found, spec=_untie_if_different(found, infos))
 
@@ -94,6 +97,9 @@ def copy_words(folder: Path, config: Mapping[str, Any], work: Path) -> None:
     for name in (GENERATION,) if config.get("model_type") == own.MODEL_TYPE else (CONFIG, GENERATION):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, work / SOURCE / name)
+    if packed_import.CONFIG_KEY in json_file.read(folder / CONFIG, required=False):
+        # It told of the tensors of that folder; of the checkpoint's, its recipe does.
+        _write(work / SOURCE / CONFIG, config)
 
 
 def _locate(source: Path) -> tuple[Path, Parent]:
@@ -170,8 +176,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if found.recipe is not None:
         names = ", ".join(parent.name for parent in found.manifest.parents) or "its parent"
         raise UserError(
-            f"{folder} is quantized ({found.recipe.algorithm}), and the format has no place for that: "
-            f"export the checkpoint that it was made from ({names}): llmc export {names} OUT"
+            f"{folder} is quantized ({found.recipe.algorithm}), and the format has no place for that: export the "
+            f"checkpoint that it was made from (llmc export {names} OUT), or choose --format gptq, awq, "
+            "compressed-tensors or modelopt"
         )
     return found
 
@@ -206,30 +213,71 @@ def write(
         spec: The checkpoint's, with the name of that family.
     """
     theirs = from_canonical(family.rules, spec, Tensors(found.infos, found.__getitem__))
+    load = theirs.watched("export", progress)
+    values = ((name, load(name)) for name in theirs.infos)
+    return write_folder(found, family, spec, out, theirs.infos, values, overwrite=overwrite)
+
+
+def write_folder(
+    found: Checkpoint,
+    family: Family,
+    spec: ModelSpec,
+    out: Path,
+    infos: Mapping[str, TensorInfo],
+    values: Iterable[tuple[str, Array]],
+    *,
+    quantization: Mapping[str, Any] | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a folder of a checkpoint's config and tokenizer, and of any tensors.
+
+    Args:
+        infos, values: The tensors under the family's names, in order.
+        quantization: What the config says of packed tensors.
+        files: JSON files to stand beside the config.
+        settings, notes: Of the manifest; notes may change until the last tensor is written.
+    """
     with manifests.creating(out, overwrite=overwrite) as work:
-        load = theirs.watched("export", progress)
-        values = ((name, load(name)) for name in theirs.infos)
-        hashes = tensors.write_sharded(work, theirs.infos, values, max_bytes=checkpoint.SHARD_BYTES)
+        hashes = tensors.write_sharded(work, infos, values, max_bytes=checkpoint.SHARD_BYTES)
         checkpoint.copy_tokenizer(found.folder, work)
-        _write_config(found, family, spec, work)
-        parents = (manifests.parent(found.folder),)
-        return manifests.seal(work, Manifest(kind="export", tools=manifests.tools(), parents=parents), hashes)
+        _write_config(found, family, spec, work, quantization)
+        for name, content in (files or {}).items():
+            _write(work / name, content)
+        made = Manifest(
+            kind="export",
+            tools=manifests.tools(),
+            settings=dict(settings or {}),
+            parents=(manifests.parent(found.folder),),
+            notes=dict(notes or {}),
+        )
+        return manifests.seal(work, made, hashes)
 
 
-def _write_config(found: Checkpoint, family: Family, spec: ModelSpec, work: Path) -> None:
-    source, dtype = found.folder / SOURCE, str(found.infos["embed.weight"].dtype)
+def _write_config(
+    found: Checkpoint, family: Family, spec: ModelSpec, work: Path, quantization: Mapping[str, Any] | None
+) -> None:
+    # The embedding may be packed; a norm never is.
+    source, dtype = found.folder / SOURCE, str(found.infos["layers.0.attn_norm.weight"].dtype)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, work / GENERATION)
+    packed = {"quantization_config": quantization} if quantization else {}
     if not (source / CONFIG).is_file() or family != families.by_name(found.spec.family):
         config = families.write_config(family, spec) | {"dtype": dtype, "torch_dtype": dtype}
         generation = json_file.read(work / GENERATION) if (work / GENERATION).is_file() else {}
         # Written even when null: transformers has ids of its own for some families when they are absent.
         config |= {key: generation.get(key, config.get(key)) for key in hf_tokenizer.TOKEN_IDS}
-        (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    elif found.manifest.settings.get("dtype", "keep") == "keep":
+        _write(work / CONFIG, config | packed)
+    elif found.manifest.settings.get("dtype", "keep") == "keep" and not packed:
         shutil.copyfile(source / CONFIG, work / CONFIG)
     else:
         # The type was changed on purpose; transformers loads in the type that the config names.
         config = json_file.read(source / CONFIG)
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype}
-        (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write(work / CONFIG, config | packed)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -34,8 +34,11 @@ def export(folder: Path, out: Path, *, overwrite: bool = False, progress: Progre
     return hf.write(found, family, spec, out, overwrite=overwrite, progress=progress)
 
 
-def form(found: Checkpoint) -> tuple[Family, ModelSpec]:
+def form(found: Checkpoint, *, ours: bool = True) -> tuple[Family, ModelSpec]:
     """The family under whose names transformers loads a model, and the spec with its name.
+
+    Args:
+        ours: Where transformers has no class, write for llmc's own; else under the authors' names.
 
     Raises:
         UnsupportedModelError: Nobody has a class for it.
@@ -48,6 +51,9 @@ def form(found: Checkpoint) -> tuple[Family, ModelSpec]:
         spec = found.spec.model_copy(update={"family": native.name})
         if can_say(native, spec):
             return native, spec
+    if not ours:
+        logger.warning(f"transformers has no class for this {family.name}: written as its authors publish it")
+        return family, found.spec
     if found.spec.score is not None:
         raise UnsupportedModelError(f"neither transformers nor llmc has a class for {family.name} with a scoring head")
     logger.warning(

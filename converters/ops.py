@@ -48,6 +48,7 @@ def transposed(op: Op) -> Op:
         split=lambda source, shapes, spec: [_row_by_row(part) for part in op.split(source.T, shapes, spec)],
         join=lambda parts, spec: _row_by_row(op.join(parts, spec).T),
         source_shape=lambda shapes: op.source_shape(shapes)[::-1],
+        rows=op,
     )
 
 

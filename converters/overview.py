@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
-from llmc.converters import families, gguf_settings, own
+from llmc.converters import export, families, gguf_settings, own
+from llmc.converters.layouts import Grid, Linear
 from llmc.converters.paddle_layouts import LAYOUTS
 from llmc.converters.rules import Family
 from llmc.errors import UnsupportedModelError
@@ -21,6 +23,7 @@ class Overview:
         hf: The classes of transformers for which its models are exported; llmc's own where there is none.
         paddle: PaddleNLP's class for it, None where llmc knows no layout.
         gguf: As which architecture llama.cpp has it, None if not at all.
+        packed: The formats in which quantized checkpoints are exported.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Overview:
     hf: tuple[str, ...]
     paddle: str | None
     gguf: str | None
+    packed: tuple[str, ...]
 
 
 def overview() -> list[Overview]:
@@ -53,6 +57,7 @@ def _of(family: Family) -> Overview:
         hf=_classes(family),
         paddle=LAYOUTS[family.name].architectures[0] if family.name in LAYOUTS else None,
         gguf=gguf,
+        packed=tuple(_packed(family)),
     )
 
 
@@ -63,3 +68,11 @@ def _classes(family: Family) -> tuple[str, ...]:
     native = families.by_name(family.native or family.name)
     is_enough = set(family.positions) <= set(native.positions)
     return (native.architectures[0],) if is_enough else (native.architectures[0], own.ARCHITECTURE)
+
+
+def _packed(family: Family) -> list[str]:
+    """The formats of packed weights that have a place for the family's linears."""
+    turned = any(rule.op.rows for rule in family.rules)
+    usual = Linear(128, 128, Grid(4, 128), turned)
+    rows = {name: importlib.import_module(row.module) for name, row in export.FORMATS.items() if row.quantized}
+    return [name for name, module in rows.items() if not all(layout.lacks(usual) for layout in module.LAYOUTS)]

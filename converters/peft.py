@@ -200,7 +200,12 @@ def _exception(patterns: Mapping[str, Any], module: str, where: str) -> Any:
 def _open_base(base: Path) -> Source:
     """A Hugging Face folder, a run or a checkpoint under its authors' names."""
     if not ((base / manifests.NAME).is_file() and manifests.read(base).kind == "checkpoint"):
-        return hf.open_source(base)
+        source = hf.open_source(base)
+        if source.packed:
+            raise UserError(
+                f"{base} is quantized, and an adapter is merged before that: give the model it was made from"
+            )
+        return source
     found = Checkpoint(base)
     if found.recipe is not None:
         raise UserError(f"{base} is quantized, and an adapter is merged before that: give the model it was made from")

@@ -35,11 +35,13 @@ class Op:
         split: (source tensor, canonical shapes, spec) -> canonical tensors.
         join: (canonical tensors, spec) -> source tensor.
         source_shape: Canonical shapes -> the shape that the source must have.
+        rows: The operation on tensors of one row an output, where the source does not keep linears so; None: this one.
     """
 
     split: Callable[[Array, Sequence[Shape], ModelSpec], Sequence[Array]]
     join: Callable[[Sequence[Array], ModelSpec], Array]
     source_shape: Callable[[Sequence[Shape]], Shape]
+    rows: Op | None = None
 
 
 SAME = Op(
@@ -125,7 +127,7 @@ class Tensors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
+class Bound:
     """A rule for one layer of one model."""
 
     rule: Rule
@@ -134,7 +136,7 @@ class _Bound:
     shapes: tuple[Shape, ...]
 
 
-def bind(rules: Iterable[Rule], spec: ModelSpec) -> list[_Bound]:
+def bind(rules: Iterable[Rule], spec: ModelSpec) -> list[Bound]:
     """The rules that hold for a model, layer by layer.
 
     Raises:
@@ -142,14 +144,14 @@ def bind(rules: Iterable[Rule], spec: ModelSpec) -> list[_Bound]:
             say this model.
     """
     shapes = names.tensors(spec)
-    bound: list[_Bound] = []
+    bound: list[Bound] = []
     given: set[str] = set()
     for rule in rules:
         for place in _places(rule.theirs, spec):
             ours = tuple(part.format(**place) for part in rule.parts)
             if not all(name in shapes for name in ours):
                 continue
-            bound.append(_Bound(rule, rule.theirs.format(**place), ours, tuple(shapes[name] for name in ours)))
+            bound.append(Bound(rule, rule.theirs.format(**place), ours, tuple(shapes[name] for name in ours)))
             if repeated := given.intersection(ours):
                 raise CheckpointError(f"the rules give the tensor '{min(repeated)}' twice")
             given.update(ours)
@@ -190,8 +192,13 @@ def to_canonical(
         if not any(fnmatch.fnmatchcase(name, glob) for glob in dropped)
     }
     checkpoint.check({item.theirs: item.rule.op.source_shape(item.shapes) for item in bound}, met, where=where)
+    return through(bound, spec, source)
+
+
+def through(bound: Iterable[Bound], spec: ModelSpec, source: Tensors) -> Tensors:
+    """The canonical tensors of some rules, of a source that is known to have what they need."""
     infos: dict[str, TensorInfo] = {}
-    origin: dict[str, tuple[_Bound, int]] = {}
+    origin: dict[str, tuple[Bound, int]] = {}
     for item in bound:
         for index, (name, shape) in enumerate(zip(item.ours, item.shapes, strict=True)):
             infos[name] = TensorInfo(source.infos[item.theirs].dtype, shape)
@@ -201,7 +208,7 @@ def to_canonical(
         item, index = origin[name]
         return item.rule.op.split(source.load(item.theirs), item.shapes, spec)[index]
 
-    return Tensors({name: infos[name] for name in names.tensors(spec)}, load)
+    return Tensors({name: infos[name] for name in names.tensors(spec) if name in infos}, load)
 
 
 def from_canonical(rules: Iterable[Rule], spec: ModelSpec, canonical: Tensors) -> Tensors:

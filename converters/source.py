@@ -8,7 +8,7 @@ Knows: rules, and what a checkpoint holds. Does not know: any file of a source.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ import numpy as np
 from llmc import checkpoint
 from llmc import manifest as manifests
 from llmc.checkpoint import Checkpoint
-from llmc.converters import cast
-from llmc.converters.rules import Family, Progress, Tensors, source_names, to_canonical
+from llmc.converters import cast, packed_import
+from llmc.converters.packed_import import Packing
+from llmc.converters.rules import Family, Progress, Tensors, bind, source_names, to_canonical
 from llmc.manifest import Manifest, Parent
+from llmc.recipe import QuantRecipe
 from llmc.spec import ModelSpec
+from llmc.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Source:
         tensors: The type they are wanted in (None: each in its own) -> the tensors, under the authors' names.
         copy: Puts the tokenizer, and what the authors said of the model (source/), into a checkpoint.
         packages: What read it, besides llmc itself.
+        packed: Its tensors and how they are packed, where they are: `tensors` refuses them then.
     """
 
     where: Path
@@ -42,6 +46,7 @@ class Source:
     copy: Callable[[Path], None]
     parents: tuple[Parent, ...]
     packages: tuple[str, ...] = ()
+    packed: tuple[Packing, Mapping[str, TensorInfo]] | None = None
 
     @property
     def head(self) -> str:
@@ -66,11 +71,10 @@ def write(
         UserError: `out` exists, or `dtype` is not a type.
         CheckpointError: A tensor is missing, unknown, misshapen or damaged.
     """
-    tensors = source.tensors(cast.target_dtype(dtype))
-    dropped = source.family.dropped + ((source.head,) if source.spec.tied else ())
-    canonical = to_canonical(source.family.rules, source.spec, tensors, dropped=dropped, where=source.where)
+    recipe, canonical = _canonical(source, cast.target_dtype(dtype))
     with manifests.creating(out, overwrite=overwrite) as work:
-        hashes = checkpoint.write(work, source.spec, canonical.infos, canonical.watched("convert", progress))
+        load = canonical.watched("convert", progress)
+        hashes = checkpoint.write(work, source.spec, canonical.infos, load, recipe=recipe)
         source.copy(work)
         manifest = Manifest(
             kind="checkpoint",
@@ -80,3 +84,15 @@ def write(
         )
         manifests.seal(work, manifest, hashes)
     return Checkpoint(out)
+
+
+def _canonical(source: Source, dtype: np.dtype[Any] | None) -> tuple[QuantRecipe | None, Tensors]:
+    """The source's tensors as a checkpoint's, and how they are quantized."""
+    rules, spec = source.family.rules, source.spec
+    dropped = source.family.dropped + ((source.head,) if spec.tied else ())
+    if source.packed is None:
+        return None, to_canonical(rules, spec, source.tensors(dtype), dropped=dropped, where=source.where)
+    packing, infos = source.packed
+    return packed_import.to_canonical(
+        packing, bind(rules, spec), spec, infos, dtype=dtype, dropped=dropped, where=source.where
+    )

@@ -22,7 +22,7 @@ COMMANDS = {
     "export": ("export", "Write a checkpoint in another project's format."),
     "quantize": ("quantize", "Make a smaller checkpoint."),
     "build-engine": ("build_engine", "Make an engine that can be served."),
-    "evaluate": ("evaluate", "Perplexity of engines and checkpoints, side by side."),
+    "evaluate": ("evaluate", "Perplexity and solved tasks of models, side by side."),
     "verify": ("verify", "Whether two forms of a model compute the same: source, checkpoint, engine, server."),
     "score": ("score", "What a reward model says of texts."),
     "generate": ("generate", "Continue a text with an engine."),

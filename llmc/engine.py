@@ -32,6 +32,7 @@ class Engine(Strict):
         kv_cache: How keys and values are kept.
         lora: Low-rank adapters can be served beside the model.
         weights: How matrices are stored, and how many in each way: for people.
+        kernels: What computes those of each way, for people.
     """
 
     backend: Literal["ort"]
@@ -39,6 +40,7 @@ class Engine(Strict):
     max_length: PositiveInt
     kv_cache: Literal["float32", "int8"]
     weights: dict[str, int]
+    kernels: dict[str, str] = {}
     lora: bool = False
 
     @property

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmc import rounding
 from llmc.checkpoint import Checkpoint
-from llmc.model import Decoder, Layer, Place, tensor
+from llmc.model import Decoder, KVCache, Layer, Place, tensor
 from llmc.names import TAIL, parts
 from llmc.runtime import Tokens
 
@@ -95,10 +96,13 @@ class Walker:
         self.decoder.load_state_dict(
             {name: tensor(self.checkpoint, name) for name in wanted}, strict=False, assign=True
         )
-        scales = [f"{part}.attn.{kind}_scale" for kind in "kv"]
-        self.decoder.simulate_kv_cache(
-            {name: torch.from_numpy(self.checkpoint[name]) for name in scales if name in self.checkpoint}
-        )
+        if self.checkpoint.recipe and self.checkpoint.recipe.kv_cache:
+            scales = [name for kind in "kv" if (name := f"{part}.attn.{kind}_scale") in self.checkpoint]
+            self.decoder.simulate_kv_cache(
+                self.checkpoint.recipe.kv_cache, {name: torch.from_numpy(self.checkpoint[name]) for name in scales}
+            )
+        matrices = (name.removesuffix(".weight") for name in wanted if name.endswith(".weight"))
+        self.decoder.round_inputs(rounding.read(self.checkpoint, matrices))
         return self.decoder.get_submodule(part) if part.startswith("layers.") else self.decoder
 
     def drop(self) -> None:
@@ -119,15 +123,16 @@ class Walker:
         return x
 
     @torch.inference_mode()
-    def through(self, layer: nn.Module, state: Tensor, window: int) -> Tensor:
+    def through(self, layer: nn.Module, state: Tensor, window: int, cache: KVCache | None = None) -> Tensor:
         """One window through a layer that is loaded.
 
         Args:
             window: Which of those that entered it is.
+            cache: Sees the layer's keys and values.
         """
         if not isinstance(layer, Layer):
             raise TypeError(f"{type(layer).__name__} is not a layer")
-        out: Tensor = layer(state, self._places[window][layer.attn.layer], None)
+        out: Tensor = layer(state, self._places[window][layer.attn.layer], cache)
         return out
 
     def advance(self, layer: nn.Module, states: States) -> None:
@@ -135,12 +140,15 @@ class Walker:
         for index, state in enumerate(states):
             states[index] = self.through(layer, state, index)
 
-    def observe(self, part: str, layer: nn.Module, states: States, linears: Iterable[str], see: See) -> dict[str, str]:
-        """Run a layer that is loaded, and look at what goes into its linears; the states stay as they are.
+    def observe(
+        self, part: str, layer: nn.Module, states: States, linears: Iterable[str], see: See, *, advance: bool = False
+    ) -> dict[str, str]:
+        """Run a layer that is loaded, and look at what goes into its linears.
 
         Args:
             linears: Canonical names.
             see: Called once for each input of each window, with the first linear that reads it.
+            advance: Move the states behind the layer; else they stay as they are.
 
         Returns:
             Linear -> the first one that reads the same input. Linears that met no token are missing.
@@ -165,8 +173,10 @@ class Walker:
         ]
         try:
             for index, state in enumerate(states):
-                self.through(layer, state, index)
+                behind = self.through(layer, state, index)
                 met.clear()
+                if advance:
+                    states[index] = behind
         finally:
             for hook in hooks:
                 hook.remove()

@@ -11,8 +11,8 @@
                               └─(* scale)┘              └─(* scale)┘
 
     attn:     ─┬─► q ─► [q_norm] ─► [rotate] ─────────────┐
-               ├─► k ─► [k_norm] ─► [rotate] ─► [int8] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
-               └─► v ────────────────────────► [int8] ─► cache
+               ├─► k ─► [k_norm] ─► [rotate] ─► [8bit] ─► cache ─► softmax(q k^T / sqrt(d) + mask) v ─► o ─►
+               └─► v ────────────────────────► [8bit] ─► cache
 
     moe:      the mlp of each token's experts, weighed by their scores, in place of one mlp
 
@@ -28,7 +28,7 @@ Does not know: families, text, sampling.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmc import alibi, names, prefix, rope
+from llmc import alibi, names, prefix, rope, rounding
 from llmc.checkpoint import Checkpoint
 from llmc.errors import CheckpointError
 from llmc.prefix import Span
 from llmc.quant import pack
+from llmc.recipe import KVCacheFormat
+from llmc.rounding import Linear, Rounding
 from llmc.spec import Alibi, Learned, ModelSpec, Moe, Rope
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -127,8 +129,8 @@ def norm(spec: ModelSpec, size: int) -> nn.Module:
 class Attention(nn.Module):
     """Grouped-query attention, see the drawing above.
 
-    `k_scale` and `v_scale` (float32 [kv_size], None without an int8 cache) make it compute with the keys and values
-    that such a cache would give back.
+    With a `cache_format` it computes with the keys and values that such a cache would give back; `k_scale` and
+    `v_scale` (float32 [kv_size]) are its stored scales, None where it has none.
     """
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
@@ -138,12 +140,13 @@ class Attention(nn.Module):
         self.has_alibi = isinstance(spec.position, Alibi)
         self.scale = switches.scale
         self.interleaved = isinstance(spec.position, Rope) and spec.position.interleaved
-        self.q = nn.Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
-        self.k = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
-        self.v = nn.Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
-        self.o = nn.Linear(spec.q_size, spec.hidden_size, bias=switches.o_bias)
+        self.q = Linear(spec.hidden_size, spec.q_size, bias=switches.qkv_bias)
+        self.k = Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
+        self.v = Linear(spec.hidden_size, spec.kv_size, bias=switches.qkv_bias)
+        self.o = Linear(spec.q_size, spec.hidden_size, bias=switches.o_bias)
         self.q_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
         self.k_norm = norm(spec, switches.head_dim) if switches.qk_norm else None
+        self.cache_format: KVCacheFormat | None = None
         self.k_scale: Tensor | None
         self.v_scale: Tensor | None
         self.register_buffer("k_scale", None)
@@ -156,8 +159,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if place.rotation is not None:
             q, k = (rotate(y, *place.rotation, interleaved=self.interleaved) for y in (q, k))
-        if self.k_scale is not None and self.v_scale is not None:
-            k, v = through_int8(k, self.k_scale), through_int8(v, self.v_scale)
+        if self.cache_format is not None:
+            k, v = (through_cache(y, scale, self.cache_format) for y, scale in ((k, self.k_scale), (v, self.v_scale)))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         mask = visible(q.shape[2], k.shape[2], self.window, x.device)
@@ -214,10 +217,21 @@ def linear_biases(num_heads: int, mask: Tensor) -> Tensor:
     return torch.where(mask, -slopes[:, None, None] * distances, -torch.inf)
 
 
-def through_int8(x: Tensor, scale: Tensor) -> Tensor:
-    """What an int8 cache gives back of x [batch, kv_heads, new, head_dim]; scale [kv_heads * head_dim]."""
-    by_channel = scale.view(x.shape[1], 1, x.shape[3])
-    return (x / by_channel).round().clamp(-128, 127) * by_channel
+def through_cache(x: Tensor, scale: Tensor | None, form: KVCacheFormat) -> Tensor:
+    """What a cache gives back of x [batch, kv_heads, new, head_dim].
+
+    Args:
+        scale: float32 [kv_heads * head_dim]; None where it follows from x.
+    """
+    if scale is None:
+        wide = x.abs().amax(-1, keepdim=True) / form.highest
+        wide = torch.where(wide > 0, wide, torch.ones_like(wide))
+    else:
+        wide = scale.view(x.shape[1], 1, x.shape[3])
+    codes = x / wide
+    if form.kind == "fp8":
+        return codes.clamp(-form.highest, form.highest).to(torch.float8_e4m3fn).to(x.dtype) * wide
+    return codes.round().clamp(-form.highest - 1, form.highest) * wide
 
 
 class Mlp(nn.Module):
@@ -227,9 +241,9 @@ class Mlp(nn.Module):
         super().__init__()
         bias = spec.mlp.bias
         self.activation = ACTIVATIONS[spec.mlp.activation]
-        self.gate = nn.Linear(spec.hidden_size, inner, bias=bias) if spec.mlp.gated else None
-        self.up = nn.Linear(spec.hidden_size, inner, bias=bias)
-        self.down = nn.Linear(inner, spec.hidden_size, bias=bias)
+        self.gate = Linear(spec.hidden_size, inner, bias=bias) if spec.mlp.gated else None
+        self.up = Linear(spec.hidden_size, inner, bias=bias)
+        self.down = Linear(inner, spec.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -391,15 +405,23 @@ class Decoder(nn.Module):
             weight = functional.normalize(weight)
         return functional.linear(hidden, weight).float()
 
-    def simulate_kv_cache(self, scales: dict[str, Tensor]) -> None:
-        """Compute as with an int8 KV cache.
+    def simulate_kv_cache(self, form: KVCacheFormat, scales: Mapping[str, Tensor]) -> None:
+        """Compute as with a KV cache of that format.
 
         Args:
-            scales: `layers.N.attn.k_scale` and `.v_scale` of every layer, float32 [kv_size].
+            scales: `layers.N.attn.k_scale` and `.v_scale` of some layers, float32 [kv_size]; none for dynamic ones.
         """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.cache_format = form
         for name, scale in scales.items():
-            module, _, buffer = name.rpartition(".")
-            self.get_submodule(module).register_buffer(buffer, scale)
+            module_name, _, buffer = name.rpartition(".")
+            self.get_submodule(module_name).register_buffer(buffer, scale)
+
+    def round_inputs(self, roundings: Mapping[str, Rounding]) -> None:
+        """Compute as with rounded activations, by the names of linears."""
+        for name, each in roundings.items():
+            self.get_submodule(name).rounding = each  # type: ignore[assignment]
 
 
 def _of_tokens(table: rope.Floats, of: Rope, spans: Sequence[Span], past: int, length: int) -> rope.Floats:
@@ -423,9 +445,11 @@ def load(checkpoint: Checkpoint) -> Decoder:
     state = {name: tensor(checkpoint, name) for name in names.tensors(checkpoint.spec)}
     decoder.load_state_dict(state, strict=True, assign=True)
     if checkpoint.recipe and checkpoint.recipe.kv_cache:
+        scales = [name for name in checkpoint if name.endswith((".k_scale", ".v_scale"))]
         decoder.simulate_kv_cache(
-            {name: torch.from_numpy(checkpoint[name]) for name in checkpoint if name.endswith(("k_scale", "v_scale"))}
+            checkpoint.recipe.kv_cache, {name: torch.from_numpy(checkpoint[name]) for name in scales}
         )
+    decoder.round_inputs(rounding.read(checkpoint, names.matrices(checkpoint.spec)))
     return decoder.requires_grad_(False).eval()
 
 

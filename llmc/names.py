@@ -24,7 +24,7 @@ of its linear: `layers.N.attn.q.qweight`, `.scale`, `.zero` (see llmc/quant/pack
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llmc.spec import Learned, ModelSpec, Moe
@@ -124,6 +124,12 @@ def _linear(name: str, out_features: int, in_features: int, bias: bool) -> Itera
 def matrices(spec: ModelSpec) -> list[str]:
     """Names (without `.weight`) of all that may be quantized: the linears, the embedding and the head."""
     return [name.removesuffix(".weight") for name, shape in tensors(spec).items() if is_matrix(name, shape)]
+
+
+def kinds(matrices: Iterable[str]) -> list[str]:
+    """Globs of names with layers and experts left open: embed, layers.*.attn.q, ..."""
+    parts = (name.split(".") for name in matrices)
+    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name) for name in parts))
 
 
 def is_matrix(name: str, shape: Shape) -> bool:

@@ -7,8 +7,10 @@ in llmc/quant) or what runs them (builders).
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from pydantic import model_validator
 
@@ -16,27 +18,83 @@ from llmc import names
 from llmc.config import Strict
 from llmc.tensors import TensorInfo
 
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FLOAT = np.dtype(np.float32)
+
 
 class WeightFormat(Strict):
     """Groups of consecutive inputs of a row share a scale, and a zero point unless symmetric.
 
-    value = (code - zero) * scale, codes unsigned, `bits` wide; when symmetric, zero = 2^(bits-1) is implied.
+    int: value = (code - zero) * scale, codes unsigned, `bits` wide; when symmetric, zero = 2^(bits-1) is implied.
+    fp8: value = code * scale, codes float8 e4m3 (4 bits of exponent, 3 of mantissa, up to 448, no infinities).
+
+    Attributes:
+        group_size: 0 for whole rows, without padding.
+        per_tensor: fp8 only: one scale for all rows.
     """
 
-    kind: Literal["int"] = "int"
+    kind: Literal["int", "fp8"] = "int"
     bits: Literal[4, 8]
-    group_size: Literal[16, 32, 64, 128, 256]
+    group_size: Literal[0, 16, 32, 64, 128, 256]
     symmetric: bool = True
+    per_tensor: bool = False
+
+    @model_validator(mode="after")
+    def _is_stored(self) -> WeightFormat:
+        if self.kind == "fp8" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
+            raise ValueError("fp8 has 8 bits, no groups and no zero points")
+        if self.kind == "int" and self.per_tensor:
+            raise ValueError("only fp8 has one scale for a whole matrix")
+        if self.group_size == 0 and (self.bits, self.symmetric) != (8, True):
+            raise ValueError("a scale for a whole row takes 8 bits and no zero points: choose a group size")
+        return self
 
     def groups(self, in_features: int) -> int:
         """Groups in a row; the last one may be partly padding."""
-        return -(-in_features // self.group_size)
+        return -(-in_features // self.width(in_features))
+
+    def width(self, in_features: int) -> int:
+        """Inputs of a group."""
+        return self.group_size or in_features
+
+
+class ActivationFormat(Strict):
+    """What the inputs of linears are rounded to: value = code * scale, codes int8 or float8 e4m3.
+
+    Attributes:
+        dynamic: Each token has a scale of its own, from the largest of its values; with int8, one for each group of
+            inputs that share a scale of the weights. Otherwise all tokens share one that was calibrated.
+    """
+
+    kind: Literal["int8", "fp8"] = "int8"
+    dynamic: bool = True
 
 
 class KVCacheFormat(Strict):
-    """int8 keys and values: value = code * scale, one scale for each channel of each kv head."""
+    """8-bit keys and values: value = code * scale. Which of them an engine can keep is its backend's to say.
 
-    kind: Literal["int8"] = "int8"
+    Attributes:
+        kind: Codes -127 to 127, or numbers of float8 e4m3 up to 448.
+        scale: One for each channel of each kv head, or one for each kv head, found in a text and stored; or dynamic:
+            one for each token and head, from its own largest magnitude when it is written.
+        observer: Of stored scales: from the largest magnitude of the whole text, or from the mean of the windows'
+            largest, which clips what is rare.
+    """
+
+    kind: Literal["int8", "fp8"] = "int8"
+    scale: Literal["channel", "head", "dynamic"] = "channel"
+    observer: Literal["max", "average"] = "max"
+
+    @model_validator(mode="after")
+    def _observes_something(self) -> KVCacheFormat:
+        if self.scale == "dynamic" and self.observer != "max":
+            raise ValueError("dynamic scales are found when a token is written: no text is observed for them")
+        return self
+
+    @property
+    def highest(self) -> int:
+        """What the largest magnitude becomes."""
+        return 127 if self.kind == "int8" else 448
 
 
 class QuantRecipe(Strict):
@@ -47,6 +105,10 @@ class QuantRecipe(Strict):
         weights: Format of every matrix that is not kept; None keeps all.
         keep: Globs over the names of matrices ("head", "layers.0.*") that stay as they were.
         overrides: Globs with another format than `weights`; the first that fits counts.
+        outside: Format of embedding and head, and what stands beside them; by default `weights`.
+        activations: Format of what the quantized linears of the layers read, None for the compute type.
+        multiplied: Globs of those linears whose input is multiplied by a vector before it is rounded.
+        shifted: Globs of those whose input has a vector taken away first.
         kv_cache: Format of the KV cache, None for the compute type.
         options: What else the algorithm was told.
     """
@@ -55,6 +117,10 @@ class QuantRecipe(Strict):
     weights: WeightFormat | None = None
     keep: tuple[str, ...] = ()
     overrides: dict[str, WeightFormat] = {}
+    outside: WeightFormat | None = None
+    activations: ActivationFormat | None = None
+    multiplied: tuple[str, ...] = ()
+    shifted: tuple[str, ...] = ()
     kv_cache: KVCacheFormat | None = None
     options: dict[str, Any] = {}
 
@@ -64,14 +130,51 @@ class QuantRecipe(Strict):
             raise ValueError("nothing is quantized: neither weights nor the KV cache have a format")
         return self
 
+    @model_validator(mode="after")
+    def _is_computed(self) -> QuantRecipe:
+        """Only what some kernel computes."""
+        if self.activations is None:
+            if self.multiplied or self.shifted:
+                raise ValueError("inputs that are not rounded need no factor")
+            forms = (self.weights, *self.overrides.values(), self.outside)
+            if any(form and form.kind == "int" and form.group_size == 0 for form in forms):
+                raise ValueError("int8 weights with a scale for a whole row need rounded activations")
+            return self
+        if self.weights is None:
+            raise ValueError("activations are rounded where weights are quantized, and none are")
+        for form in (self.weights, *self.overrides.values()):
+            if self.activations.kind == "int8" and form.kind == "fp8":
+                raise ValueError("fp8 weights go with fp8 activations")
+            if self.activations.kind == "int8" and not self.activations.dynamic and form.group_size:
+                raise ValueError("static int8 activations need weights with a scale for a whole row")
+            if self.activations.kind == "fp8" and form.kind == "int" and form.group_size == 0:
+                raise ValueError("int8 weights with a scale for a whole row go with int8 activations")
+        return self
+
     def format_of(self, matrix: str) -> WeightFormat | None:
         """The format of a matrix by its name without `.weight`, None when it stays as it was."""
-        if self.weights is None or any(fnmatch.fnmatchcase(matrix, glob) for glob in self.keep):
+        if self.weights is None or _fits(matrix, self.keep):
             return None
         for glob, override in self.overrides.items():
             if fnmatch.fnmatchcase(matrix, glob):
                 return override
-        return self.weights
+        return self.weights if matrix.startswith("layers.") else self.outside or self.weights
+
+    def inputs_of(self, matrix: str) -> ActivationFormat | None:
+        """The format of what a linear reads, None when it reads it as it is."""
+        return self.activations if matrix.startswith("layers.") and self.format_of(matrix) else None
+
+    def is_multiplied(self, matrix: str) -> bool:
+        """Whether a linear's input is multiplied first."""
+        return self.inputs_of(matrix) is not None and _fits(matrix, self.multiplied)
+
+    def is_shifted(self, matrix: str) -> bool:
+        """Whether a linear's input is shifted first."""
+        return self.inputs_of(matrix) is not None and _fits(matrix, self.shifted)
+
+
+def _fits(matrix: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(matrix, glob) for glob in globs)
 
 
 def packed_plan(
@@ -81,26 +184,52 @@ def packed_plan(
 
     Matrices in a format become (in = the row's length, padded to whole groups):
 
-        M.qweight   uint8   [out, groups * group_size * bits / 8]   low bits first, a row's groups one after another
-        M.scale     float32 [out, groups]
-        M.zero      uint8   [out, ceil(groups * bits / 8)]          unless symmetric
+        M.qweight         uint8   [out, groups * group_size * bits / 8]   low bits first, a row's groups in order
+                          or float8_e4m3fn [out, in]
+        M.scale           float32 [out, groups], or [1, 1] per tensor
+        M.zero            uint8   [out, ceil(groups * bits / 8)]          unless symmetric
+        M.input_shift     float32 [in]    where the recipe says so: the linear computes, before weights are rounded,
+        M.input_bias      float32 [out]   ((x - input_shift) * input_multiply) W^T + bias + input_bias
+        M.input_multiply  float32 [in]    where the recipe says so
+        M.input_scale     float32 [1]     where activations have a static scale
 
     and a layer's k and v projections are followed by `layers.N.attn.{k,v}_scale` float32 [kv_heads * head_dim] when
-    the KV cache has a format. All else stays.
+    the KV cache has a format with stored scales (all channels of a head have the same when it has one). All else stays.
     """
     module, _, kind = name.rpartition(".")
     found: dict[str, TensorInfo] = {}
     weight_format = recipe.format_of(module) if recipe and names.is_matrix(name, shape) else None
-    if weight_format is None:
+    if recipe is None or weight_format is None:
         found[name] = TensorInfo(info.dtype if info else np.dtype(np.float32), shape)
     else:
-        bits, groups = weight_format.bits, weight_format.groups(shape[1])
-        rows, row_bytes = shape[0], groups * weight_format.group_size * bits // 8
-        found[f"{module}.qweight"] = TensorInfo(np.dtype(np.uint8), (rows, row_bytes))
-        found[f"{module}.scale"] = TensorInfo(np.dtype(np.float32), (rows, groups))
-        if not weight_format.symmetric:
-            found[f"{module}.zero"] = TensorInfo(np.dtype(np.uint8), (rows, -(-groups * bits // 8)))
+        found.update(_packed(module, shape, weight_format))
+        found.update({f"{module}.{kind}": TensorInfo(_FLOAT, size) for kind, size in _inputs(recipe, module, shape)})
     is_kv = kind == "weight" and module.endswith((".attn.k", ".attn.v"))
-    if recipe and recipe.kv_cache and is_kv:
+    if recipe and recipe.kv_cache and recipe.kv_cache.scale != "dynamic" and is_kv:
         found[f"{module}_scale"] = TensorInfo(np.dtype(np.float32), (shape[0],))
     return found
+
+
+def _packed(module: str, shape: tuple[int, ...], form: WeightFormat) -> Iterator[tuple[str, TensorInfo]]:
+    (rows, columns), groups = shape, form.groups(shape[1])
+    if form.kind == "fp8":
+        yield f"{module}.qweight", TensorInfo(FP8, (rows, columns))
+        yield f"{module}.scale", TensorInfo(_FLOAT, (1 if form.per_tensor else rows, 1))
+        return
+    row_bytes = groups * form.width(columns) * form.bits // 8
+    yield f"{module}.qweight", TensorInfo(np.dtype(np.uint8), (rows, row_bytes))
+    yield f"{module}.scale", TensorInfo(_FLOAT, (rows, groups))
+    if not form.symmetric:
+        yield f"{module}.zero", TensorInfo(np.dtype(np.uint8), (rows, -(-groups * form.bits // 8)))
+
+
+def _inputs(recipe: QuantRecipe, module: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    rows, columns = shape
+    if recipe.is_shifted(module):
+        yield "input_shift", (columns,)
+        yield "input_bias", (rows,)
+    if recipe.is_multiplied(module):
+        yield "input_multiply", (columns,)
+    form = recipe.inputs_of(module)
+    if form and not form.dynamic:
+        yield "input_scale", (1,)

@@ -55,9 +55,9 @@ def command(
             overwrite=overwrite,
             progress=lambda done, total: progress("writing megabytes", done // 1_000_000, total // 1_000_000),
         )
-    weights = ", ".join(f"{count} x {name}" for name, count in engine.weights.items())
     click.echo(f"{out}: {engine.spec.family} engine, {folder_size(out)}, {time.perf_counter() - began:.1f} s")
-    click.echo(f"  matrices   {weights}")
+    for name, count in engine.weights.items():
+        click.echo(f"  matrices   {count} x {name}: {engine.kernels[name]}")
     if engine.spec.score:
         click.echo(f"  head       scores of {engine.spec.score.labels} labels")
     click.echo(f"  KV cache   {engine.kv_cache}, up to {engine.max_length} tokens a sequence")

@@ -24,8 +24,10 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
     """Make the checkpoint OUT of SOURCE.
 
     SOURCE is a Hugging Face or PaddleNLP folder, a .gguf file, a PEFT adapter (with --base), a DeepSpeed ZeRO
-    checkpoint, or the folder of a training run.
+    checkpoint, or the folder of a training run. Weights that are packed already (gptq, awq, compressed-tensors,
+    modelopt) stay so, unchanged.
     """
+    from llmc import names
     from llmc.commands.progress import shown
     from llmc.commands.report import folder_size
     from llmc.converters.convert import convert
@@ -35,7 +37,7 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
     with shown() as progress:
         made = convert(source, out, base=base, dtype=dtype, overwrite=overwrite, progress=progress)
 
-    sizes = [info.shape for info in made.infos.values()]
+    sizes = list(names.tensors(made.spec).values())
     parameters = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in sizes)
     has_tokenizer = (out / "tokenizer.json").is_file()
     click.echo(f"{out}: {folder_size(out)}, {time.perf_counter() - began:.1f} s")
@@ -43,4 +45,9 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
     click.echo(f"  parameters  {parameters / 1e6:,.1f} M in {len(sizes)} tensors")
     click.echo(f"  types       {', '.join(sorted({str(info.dtype) for info in made.infos.values()}))}")
     click.echo(f"  tokenizer   {f'{Tokenizer.load(out).vocab_size:,} tokens' if has_tokenizer else 'none'}")
-    click.echo(f"next: llmc quantize {out} OUT    (or: llmc build-engine {out} ENGINE)")
+    if made.recipe and made.recipe.weights:
+        form = made.recipe.weights
+        click.echo(f"  packed      {form.bits} bits, groups of {form.group_size}: taken over as they are")
+        click.echo(f"next: llmc build-engine {out} ENGINE")
+    else:
+        click.echo(f"next: llmc quantize {out} OUT    (or: llmc build-engine {out} ENGINE)")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-FORMATS = ["hf", "original", "paddle", "gguf"]  # llmc.converters.export has what they are; a test compares
+# llmc.converters.export has what they are; a test compares.
+FORMATS = ["hf", "original", "paddle", "gguf", "gptq", "awq", "compressed-tensors", "modelopt"]
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
@@ -20,12 +21,16 @@ TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
     type=click.Choice(FORMATS),
     default="hf",
     show_default=True,
-    help="hf: Hugging Face, for transformers; original: as its authors publish it; paddle: PaddleNLP; gguf: llama.cpp.",
+    help="hf: Hugging Face, for transformers; original: as its authors publish it; paddle: PaddleNLP; gguf: llama.cpp. "
+    "Of quantized checkpoints: gptq, awq, compressed-tensors, modelopt.",
 )
 @click.option("--type", "kind", type=click.Choice(TYPES), help="Of the matrices, for gguf; else they stay as they are.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def command(checkpoint: Path, out: Path, form: str, kind: str | None, overwrite: bool) -> None:
-    """Write CHECKPOINT as a folder OUT that another project loads, the tensors unchanged to the bit."""
+    """Write CHECKPOINT as a folder OUT that another project loads, its tensors or packed codes unchanged to the bit.
+
+    docs/quantized-formats.md says what each format of packed weights carries.
+    """
     from llmc.commands.progress import shown
     from llmc.commands.report import folder_size
     from llmc.converters import export as formats

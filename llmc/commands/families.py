@@ -15,7 +15,8 @@ def command(as_json: bool) -> None:
 
     All are quantized, built and served alike. The last columns are the formats of `llmc export`: original is under
     the authors' own names, hf for a class of transformers (LlmcForCausalLM is llmc's own, which `import llmc.modeling`
-    adds to it), paddle for a class of PaddleNLP, gguf as which llama.cpp has a family.
+    adds to it), paddle for a class of PaddleNLP, gguf as which llama.cpp has a family, packed those of quantized
+    checkpoints: all are gptq, awq, compressed-tensors and modelopt.
     """
     from rich.console import Console
     from rich.table import Table
@@ -26,8 +27,9 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(family) for family in found], indent=1))
         return
+    of_all = max(len(family.packed) for family in found)
     table = Table(title=f"{len(found)} model families", title_justify="left", box=None)
-    for column in ("family", "positions", "norm", "experts", "original", "hf", "paddle", "gguf"):
+    for column in ("family", "positions", "norm", "experts", "original", "hf", "paddle", "gguf", "packed"):
         table.add_column(column, overflow="fold")
     for family in found:
         table.add_row(
@@ -39,5 +41,6 @@ def command(as_json: bool) -> None:
             " ".join(family.hf),
             family.paddle or "",
             family.gguf or "",
+            "all" if len(family.packed) == of_all else " ".join(family.packed),
         )
     Console().print(table)

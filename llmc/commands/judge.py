@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
@@ -29,3 +30,15 @@ def chosen(choices: dict[str, Any], progress: Any) -> Any:
     content = text.read(choices["text"]) if choices["text"] else sample_text.read("held-out")
     source = str(choices["text"] or sample_text.describe("held-out"))
     return TextJudge(content, source, tokens=choices["text_tokens"], progress=progress)
+
+
+def probe(choices: dict[str, Any], progress: Any) -> Any:
+    """What measures each part's share of the cost, where an option chooses bits by it."""
+    if choices["target_bits"] is None and choices["max_ppl_increase"] is None:
+        return None
+    from llmc.need import need
+
+    need("torch")
+    from llmc.evaluate.quality import sensitivity
+
+    return functools.partial(sensitivity, progress=functools.partial(progress, "probing"))

@@ -7,36 +7,36 @@ from typing import Any
 
 import click
 
+from llmc.commands import formats, recipes
 from llmc.commands.values import Assignment, Percent
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@recipes.CONFIG
 @click.option(
     "--algo",
     default="rtn",
     show_default=True,
-    help="rtn rounds to the nearest code; gptq and awq look at a text; none keeps weights.",
+    help="rtn rounds to the nearest code; gptq and awq look at a text; w8a8, smoothquant, fp8 round inputs, too; none "
+    "keeps weights.",
 )
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Of a weight.")
-@click.option(
-    "--group-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
-    default="32",
-    show_default=True,
-    help="Consecutive weights of a row that share a scale.",
-)
-@click.option("--asymmetric", is_flag=True, help="Give each group a zero point.")
+@formats.options
 @click.option("--option", type=Assignment(), multiple=True, help="Of the algorithm, say act_order=false. Repeatable.")
 @click.option("--override", metavar="GLOB=BITS", type=Assignment(), multiple=True, help="Say head=8. Repeatable.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matrices, say embed or 'layers.0.*'. Repeatable.")
-@click.option("--kv-cache", type=click.Choice(["int8"]), help="Also give the engine an int8 KV cache.")
-@click.option("--calibration", metavar="FILE", type=click.Path(path_type=Path), help="Text. [default: Python's own]")
+@click.option("--kv-cache", type=click.Choice(["int8", "fp8"]), help="Also give the engine an 8-bit KV cache.")
+@click.option("--kv-scale", type=click.Choice(["channel", "head", "dynamic"]), help="A scale each. [default: channel]")
+@click.option("--kv-observer", type=click.Choice(["max", "average"]), help="Of a window's extremes. [default: max]")
+@recipes.CALIBRATION
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Read at most.")
 @click.option("--text", metavar="FILE", type=click.Path(path_type=Path), help="Held-out text to be judged by.")
 @click.option("--text-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Read at most.")
 @click.option("--max-ppl-increase", metavar="PERCENT", type=Percent(), help="More bits until it is met, else exit 3.")
+@click.option(
+    "--target-bits", metavar="BITS", type=click.FloatRange(min=0), help="Of a parameter, on average, say 4.8."
+)
 @click.option("--no-evaluate", is_flag=True, help="Do not measure the result.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> None:
@@ -47,28 +47,19 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
     """
     from llmc.commands import judge, report
     from llmc.commands.progress import shown
-    from llmc.config import parse
-    from llmc.quant.quantize import NONE, Calibration, quantize
-    from llmc.recipe import QuantRecipe
+    from llmc.quant.corpus import Calibration
+    from llmc.quant.quantize import quantize
 
-    weights = {"bits": int(choices["bits"]), "group_size": int(choices["group_size"])}
-    weights["symmetric"] = not choices["asymmetric"]
-    values = {
-        "algorithm": choices["algo"],
-        "weights": None if choices["algo"] == NONE else weights,
-        "keep": choices["keep"],
-        "overrides": {glob: {**weights, "bits": bits} for glob, bits in choices["override"]},
-        "kv_cache": {"kind": choices["kv_cache"]} if choices["kv_cache"] else None,
-        "options": dict(choices["option"]),
-    }
     with shown() as progress:
         figures = quantize(
             checkpoint,
             out,
-            parse(QuantRecipe, values, where="quantize"),
-            calibration=Calibration(path=choices["calibration"], tokens=choices["calibration_tokens"]),
+            recipes.chosen(choices, checkpoint),
+            calibration=Calibration(path=choices["calibration"] or None, tokens=choices["calibration_tokens"]),
             judge=judge.chosen(choices, progress),
+            probe=judge.probe(choices, progress),
             max_increase=choices["max_ppl_increase"],
+            target_bits=choices["target_bits"],
             overwrite=overwrite,
             progress=progress,
         )

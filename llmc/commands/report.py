@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,41 @@ def folder_size(folder: Path) -> str:
 
 
 def evaluation(rows: list[dict[str, Any]]) -> None:
-    """The table of `llmc evaluate`, from the figures that `--json` writes."""
+    """The table of `llmc evaluate`, from the figures that `--json` writes; columns without any figure are left out."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{rows[0]['tokens']} predicted tokens; KL and top-1 against the first", box=None)
-    table.add_column("folder", overflow="fold")
-    for heading in ("kind", "size", "perplexity", "vs first", "KL", "top-1", "tokens/s"):
+    first = rows[0]
+    last_parts = [row["folder"].rstrip("/").rpartition("/")[2] for row in rows]
+    unambiguous = len(set(last_parts)) == len(rows) and "" not in last_parts
+
+    def versus(row: dict[str, Any]) -> str:
+        same = row.get("top1") is not None and row is not first
+        return f"{row['perplexity'] / first['perplexity'] - 1:+.1%}" if same else ""
+
+    def passed(row: dict[str, Any]) -> str:
+        return f"{sum(task['passed'] for task in row['tasks'])} of {len(row['tasks'])} ({row['pass_at_1']:.0%})"
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "size": lambda row: "" if row["bytes"] is None else human(row["bytes"]),
+        "perplexity": lambda row: f"{row['perplexity']:.3f}" if "perplexity" in row else "",
+        "vs first": versus,
+        "KL": lambda row: "" if row.get("kl") is None else f"{row['kl']:.4f}",
+        "top-1": lambda row: "" if row.get("top1") is None else f"{row['top1']:.1%}",
+        "pass@1": lambda row: passed(row) if "tasks" in row else "",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "",
+    }
+    title = f"{first['tokens']} predicted tokens; KL and top-1 against the first" if "perplexity" in first else None
+    table = Table(title=title, box=None)
+    table.add_column("model", overflow="fold", min_width=16)
+    table.add_column("kind", no_wrap=True)
+    cells = {name: [of(row) for row in rows] for name, of in columns.items()}
+    kept = {name: column for name, column in cells.items() if any(column)}
+    for heading in kept:
         table.add_column(heading, justify="right", no_wrap=True)
-    last_parts = [Path(row["folder"]).resolve().name for row in rows]
-    unambiguous = len(set(last_parts)) == len(rows)
-    for row, last_part in zip(rows, last_parts, strict=True):
-        versus = ("", "", "")
-        if row["kl"] is not None:
-            change = row["perplexity"] / rows[0]["perplexity"] - 1
-            versus = (f"{change:+.1%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
-        speed = f"{row['tokens_per_second']:.0f}"
-        table.add_row(
-            last_part if unambiguous else row["folder"],
-            row["kind"],
-            human(row["bytes"]),
-            f"{row['perplexity']:.3f}",
-            *versus,
-            speed,
-        )
+    for at, row in enumerate(rows):
+        name = last_parts[at] if unambiguous else row["folder"]
+        table.add_row(name, row["kind"], *(column[at] for column in kept.values()))
     Console().print(table)
 
 
@@ -91,12 +103,26 @@ def quantization(out: Path, figures: Any) -> None:
     share = figures.bytes_after / figures.bytes_before
     table.add_row("tensors", f"{human(figures.bytes_before)} -> {human(figures.bytes_after)} ({share:.0%})")
     if figures.errors:
+        table.add_row("bits", f"{figures.bits:.2f} for each parameter, scales and what is kept included")
         table.add_row("matrices", f"{_formats(figures)}; kept {len(figures.kept)}")
+        table.add_row("bits by part", _by_part(figures.parts))
         worst = sorted(figures.errors, key=lambda name: -figures.errors[name])[:3]
         table.add_row("error", f"{figures.mean_error:.2%} on average, of {figures.error_kind}")
         table.add_row("worst", ", ".join(f"{name} {figures.errors[name]:.2%}" for name in worst))
+    if activations := figures.recipe.activations:
+        how = "a scale for each token" if activations.dynamic else "one scale, calibrated"
+        on_cpu = "; computed in float32: the CPU multiplies no fp8" if activations.kind == "fp8" else ""
+        table.add_row("activations", f"{activations.kind}, {how}{on_cpu}")
     if figures.recipe.kv_cache:
-        table.add_row("KV cache", f"{figures.recipe.kv_cache.kind}, a scale for each channel")
+        form = figures.recipe.kv_cache
+        each = {
+            "channel": "for each channel",
+            "head": "for each head",
+            "dynamic": "for each token and head, as written",
+        }
+        reach = {"max": "the text's largest values", "average": "the mean of its windows' largest values"}
+        observed = "" if form.scale == "dynamic" else f", from {reach[form.observer]}"
+        table.add_row("KV cache", f"{form.kind}, a scale {each[form.scale]}{observed}")
     if figures.calibrated_on:
         table.add_row("calibrated on", figures.calibrated_on)
     if figures.verdict:
@@ -110,11 +136,35 @@ def quantization(out: Path, figures: Any) -> None:
     Console().print(table)
 
 
+def _by_part(parts: dict[str, Any]) -> str:
+    """`8: layers 0-2, 5, front; 4: layers 3, 4; kept: tail`: parts of the same bits together."""
+    groups: dict[str, list[str]] = {}
+    for part, widths in parts.items():
+        said = " and ".join(str(width) if width else "kept" for width in widths)
+        groups.setdefault(said, []).append(part)
+    return "; ".join(f"{said}: {_ranges(members)}" for said, members in groups.items())
+
+
+def _ranges(parts: list[str]) -> str:
+    numbers = [int(part.removeprefix("layers.")) for part in parts if part.startswith("layers.")]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    layers = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    others = [part for part in parts if not part.startswith("layers.")]
+    return ", ".join([*([f"layer{'s' * (len(numbers) > 1)} {layers}"] if layers else []), *others])
+
+
 def _formats(figures: Any) -> str:
     """How many matrices have which format."""
     counts: dict[str, int] = {}
     for name in figures.errors:
-        form = figures.recipe.format_of(name)
-        text = f"in {form.bits} bits, groups of {form.group_size}" + ("" if form.symmetric else " with zero points")
+        form, inputs = figures.recipe.format_of(name), figures.recipe.inputs_of(name)
+        text = "in fp8" if form.kind == "fp8" else f"in {form.bits} bits"
+        text += f", groups of {form.group_size}" if form.group_size else ", rows"
+        text += ("" if form.symmetric else " with zero points") + (", inputs rounded" if inputs else "")
         counts[text] = counts.get(text, 0) + 1
     return ", ".join(f"{count} {text}" for text, count in counts.items())

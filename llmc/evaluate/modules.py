@@ -38,7 +38,25 @@ def open_checkpoint(folder: Path, *, context: int | None = None, **about: Any) -
 
 
 def open_hugging_face(folder: Path, **about: Any) -> Side:
-    """A Hugging Face folder, run by transformers in float32. Code that comes with a model is never run.
+    """A Hugging Face folder, run by transformers; see `load_hugging_face`."""
+    model = load_hugging_face(folder)
+    config = model.config.get_text_config()
+    about |= {"vocab_size": config.vocab_size, "max_length": getattr(config, "max_position_embeddings", None)}
+    # The first in the order of definition is the outermost: experts are inside.
+    layers = next(
+        found
+        for found in model.modules()
+        if isinstance(found, nn.ModuleList) and len(found) == config.num_hidden_layers
+    )
+    if hasattr(model, "score"):
+        # The model itself gives the scores of one token.
+        body = model.base_model
+        return _side("hf", layers, lambda tokens: model.score(body(tokens, use_cache=False).last_hidden_state), **about)
+    return _side("hf", layers, lambda tokens: model(tokens, use_cache=False).logits, **about)
+
+
+def load_hugging_face(folder: Path) -> Any:
+    """transformers' model of a Hugging Face folder in float32. Code that comes with a model is never run.
 
     Raises:
         UnsupportedModelError: transformers has no class of its own for it.
@@ -61,20 +79,7 @@ def open_hugging_face(folder: Path, **about: Any) -> Side:
     # transformers draws these at random, and warns.
     if lacking := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):
         raise CheckpointError(f"{folder}: {len(lacking)} tensors are missing or misshapen, the first is {lacking[0]}")
-    model.requires_grad_(False).eval()
-    config = model.config.get_text_config()
-    about |= {"vocab_size": config.vocab_size, "max_length": getattr(config, "max_position_embeddings", None)}
-    # The first in the order of definition is the outermost: experts are inside.
-    layers = next(
-        found
-        for found in model.modules()
-        if isinstance(found, nn.ModuleList) and len(found) == config.num_hidden_layers
-    )
-    if hasattr(model, "score"):
-        # The model itself gives the scores of one token.
-        body = model.base_model
-        return _side("hf", layers, lambda tokens: model.score(body(tokens, use_cache=False).last_hidden_state), **about)
-    return _side("hf", layers, lambda tokens: model(tokens, use_cache=False).logits, **about)
+    return model.requires_grad_(False).eval()
 
 
 def _loader(transformers: Any, folder: Path) -> Any:

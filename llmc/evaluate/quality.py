@@ -51,7 +51,6 @@ class Quality:
         kl, top1: Of the result against the original: mean divergence in nats, share of equal first choices.
         tokens: Predicted tokens.
         source: Where the text came from, for people.
-        sensitivity: Part -> mean KL when that part alone is quantized, if it was asked for.
     """
 
     original: float
@@ -60,7 +59,6 @@ class Quality:
     top1: float
     tokens: int
     source: str = ""
-    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def increase(self) -> float:
@@ -69,7 +67,7 @@ class Quality:
 
     def figures(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        found: dict[str, Any] = {
+        return {
             "tokens": self.tokens,
             "perplexity_before": round(self.original, 5),
             "perplexity_after": round(self.result, 5),
@@ -77,43 +75,39 @@ class Quality:
             "kl": round(self.kl, 6),
             "top1": round(self.top1, 5),
         }
-        if self.sensitivity:
-            found["sensitivity"] = {part: round(kl, 6) for part, kl in self.sensitivity.items()}
-        return found
 
 
 def quality(
-    original: Checkpoint,
-    result: Checkpoint,
-    windows: Sequence[Tokens],
-    *,
-    probes: Sequence[Tokens] = (),
-    progress: Progress | None = None,
+    original: Checkpoint, result: Checkpoint, windows: Sequence[Tokens], *, progress: Progress | None = None
 ) -> Quality:
     """Measure a quantized checkpoint.
 
     Args:
         windows: int64 [tokens] each, two tokens or more.
-        probes: What sensitivity is measured on, a lane for each part; less text will do. None measures none.
     """
-    whole = parts(original.spec)
-    baseline, lanes = walk(original, result, windows, {_RESULT: list(whole)}, progress)
-    sensitivity: dict[str, float] = {}
-    if probes:
-        alone = {part: [part] for part in whole}
-        if original.spec.tied:
-            alone[FRONT] += alone.pop(TAIL)  # the head is the embedding
-        _, single = walk(original, result, probes, alone, progress)
-        sensitivity = {part: lane.agreement.kl for part, lane in single.items()}
+    baseline, lanes = walk(original, result, windows, {_RESULT: list(parts(original.spec))}, progress)
     after = lanes[_RESULT]
     return Quality(
-        baseline.perplexity,
-        after.score.perplexity,
-        after.agreement.kl,
-        after.agreement.top1,
-        baseline.tokens,
-        sensitivity=sensitivity,
+        baseline.perplexity, after.score.perplexity, after.agreement.kl, after.agreement.top1, baseline.tokens
     )
+
+
+def sensitivity(
+    original: Checkpoint, result: Checkpoint, windows: Sequence[Tokens], *, progress: Progress | None = None
+) -> dict[str, float]:
+    """What each part alone costs, in one walk: a lane leaves the original at its part, and returns to its weights.
+
+    With L layers that is L (L + 1) / 2 layers and L + 2 heads to compute for each window, and one reading of both
+    checkpoints; the states of every lane are held.
+
+    Returns:
+        Part -> mean KL in nats per token when it alone is quantized. A tied model's head is its embedding.
+    """
+    alone = {part: [part] for part in parts(original.spec)}
+    if original.spec.tied:
+        alone[FRONT] += alone.pop(TAIL)
+    _, lanes = walk(original, result, windows, alone, progress)
+    return {part: lane.agreement.kl for part, lane in lanes.items()}
 
 
 @torch.inference_mode()
@@ -196,7 +190,6 @@ class TextJudge:
         source: Where it comes from, for people.
         tokens: Read at most.
         window: Tokens read at a time.
-        probe: Tokens that sensitivity is measured on, a window of them from each half.
     """
 
     def __init__(
@@ -206,19 +199,14 @@ class TextJudge:
         *,
         tokens: int = 2048,
         window: int = 512,
-        probe: int = 128,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self._content, self._source = content, source
-        self._tokens, self._window, self._probe = tokens, window, probe
+        self._tokens, self._window = tokens, window
         self._progress = progress or (lambda *_: None)
 
-    def __call__(self, original: Checkpoint, result: Checkpoint, sensitivity: bool) -> Quality:
+    def __call__(self, original: Checkpoint, result: Checkpoint) -> Quality:
         length = min(self._window, original.spec.max_positions)
         windows = text.windows(self._content, Tokenizer.load(original.folder), length, limit=self._tokens)
-        halves = (windows[0], windows[len(windows) // 2])
-        probes = [window[: self._probe] for window in halves] if sensitivity else []
-        found = quality(
-            original, result, windows, probes=probes, progress=lambda done, of: self._progress("judging", done, of)
-        )
+        found = quality(original, result, windows, progress=lambda done, of: self._progress("judging", done, of))
         return dataclasses.replace(found, source=self._source)

@@ -1,6 +1,6 @@
-"""A running server as a side of a comparison: it says log-probabilities of a prompt's tokens, and nothing else.
+"""A running server as a side of a comparison: it says log-probabilities of a prompt's tokens, and continues prompts.
 
-Speaks OpenAI's older endpoint: `POST /v1/completions` with `echo` and `logprobs`, and no token to generate.
+Speaks OpenAI's older endpoint, `POST /v1/completions`: for log-probabilities with `echo` and no token to generate.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 from llmc.errors import ServingError, UserError
@@ -25,12 +26,8 @@ def open_server(url: str) -> Side:
         UserError: Nothing answers there, or it is no such server.
         ServingError: It answers with an error.
     """
-    base = url.rstrip("/").removesuffix("/v1")
-    try:
-        card = _ask(f"{base}/v1/models")["data"][0]
-        model = card["id"]
-    except (KeyError, IndexError, TypeError):
-        raise UserError(f"{base}/v1/models does not list a model: is it a server of llmc, or like OpenAI's?") from None
+    base, card = _first_model(url)
+    model = card["id"]
 
     def score(piece: Piece) -> Scores:
         prompt = piece if isinstance(piece, str) else piece.tolist()
@@ -45,6 +42,32 @@ def open_server(url: str) -> Side:
         return scores
 
     return Side(url, "server", close=lambda: None, max_length=card.get("max_model_len"), score=score)
+
+
+def complete(url: str, prompt: str, max_tokens: int, stops: Sequence[str]) -> str:
+    """What the first model of the server at `url` writes after a prompt, with temperature 0.
+
+    Only the first four of `stops` are sent, which is OpenAI's limit: cut the rest yourself.
+
+    Raises:
+        UserError, ServingError: As of `open_server`.
+    """
+    base, card = _first_model(url)
+    body = {"model": card["id"], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stop": list(stops[:4])}
+    try:
+        return str(_ask(f"{base}/v1/completions", body)["choices"][0]["text"])
+    except (KeyError, IndexError, TypeError):
+        raise ServingError(f"{base} does not continue a prompt (POST /v1/completions)") from None
+
+
+def _first_model(url: str) -> tuple[str, dict[str, Any]]:
+    """The address that `/v1` stands behind, and what the server says of its first model."""
+    base = url.rstrip("/").removesuffix("/v1")
+    try:
+        card = _ask(f"{base}/v1/models")["data"][0]
+        return base, {**card, "id": card["id"]}
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{base}/v1/models does not list a model: is it a server of llmc, or like OpenAI's?") from None
 
 
 def _ask(url: str, body: dict[str, Any] | None = None) -> Any:

@@ -53,7 +53,7 @@ def pieces(a: Side, b: Side, text: str | None, *, window: int, max_tokens: int |
     window = min([window, *(side.max_length for side in (a, b) if side.max_length)])
     vocab_size = a.vocab_size or b.vocab_size
     if vocab_size is None:
-        return _short_texts((text,) if text else TEXTS, window, max_tokens)
+        return short_texts((text,) if text else TEXTS, window, max_tokens)
 
     def cut_by(tokenizer: Tokenizer) -> list[Tokens]:
         if text is not None:
@@ -69,7 +69,7 @@ def pieces(a: Side, b: Side, text: str | None, *, window: int, max_tokens: int |
     return list(found)
 
 
-def _short_texts(given: Sequence[str], window: int, max_tokens: int | None) -> list[Piece]:
+def short_texts(given: Sequence[str], window: int, max_tokens: int | None) -> list[Piece]:
     """Pieces for two servers, which cut texts into tokens by themselves: as many bytes as there may be tokens.
 
     No tokenizer makes more tokens than bytes, but for those that it puts in front.

@@ -18,7 +18,21 @@ from llmc.runtime import Tokens
 from llmc.tensors import Array
 
 # name -> module under llmc.quant
-ALGORITHMS = {"rtn": "rtn", "gptq": "gptq", "awq": "awq"}
+ALGORITHMS = {
+    "rtn": "rtn",
+    "gptq": "gptq",
+    "awq": "awq",
+    "w8a8": "scaled",
+    "smoothquant": "smoothquant",
+    "fp8": "scaled",
+}
+
+# Those that know rows as well as groups, and those that find static scales of activations.
+_ROWS = {"rtn", "w8a8", "smoothquant", "fp8"}
+_STATIC = {"w8a8", "smoothquant", "fp8"}
+
+# Four bits of floating point and microscaling: no CPU kernel has them.
+_REFUSED = ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "mxint8")
 
 # (canonical name, values, format) -> Packed where there is a format, else the values to keep. Called once for each
 # tensor of the model, in canonical order.
@@ -29,12 +43,14 @@ class Algorithm(Protocol):
     """The face of such a module.
 
     Attributes:
-        CALIBRATES: It needs text.
+        CALIBRATES: It needs text whatever the recipe says (static activations need it always).
         Options: What `QuantRecipe.options` may hold.
     """
 
     CALIBRATES: bool
     Options: type[Strict]
+
+    # A module may also have `complete(checkpoint, recipe) -> QuantRecipe`, which adds what it will do to inputs.
 
     def prepare(self, checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens]) -> Transform:
         """Find out what there is to know before the first tensor is transformed.
@@ -51,6 +67,28 @@ def algorithm(name: str) -> Algorithm:
     Raises:
         UserError: There is none.
     """
+    if name in _REFUSED:
+        raise UserError(
+            f"{name} is computed by kernels of CUDA alone, and this engine runs on the CPU: choose w8a8 or smoothquant "
+            "(int8 products), fp8 (8 bits stored, computed in float32), or rtn, gptq or awq with 4 bits",
+            param="algo",
+        )
     if name not in ALGORITHMS:
         raise UserError(f"there is no algorithm '{name}'; there are {', '.join(ALGORITHMS)}", param="algo")
     return cast(Algorithm, importlib.import_module(f"llmc.quant.{ALGORITHMS[name]}"))
+
+
+def check_formats(recipe: QuantRecipe) -> None:
+    """Refuse a recipe whose formats its algorithm cannot choose values for.
+
+    Raises:
+        UserError: Naming those that can.
+    """
+    name, activations = recipe.algorithm, recipe.activations
+    forms = [form for form in (recipe.weights, *recipe.overrides.values()) if form]
+    if any(form.group_size == 0 for form in forms) and name not in _ROWS:
+        raise UserError(f"{name} needs a group size: scales for whole rows go with {', '.join(sorted(_ROWS))}")
+    if activations and not activations.dynamic and name not in _STATIC:
+        raise UserError(
+            f"{name} finds no static scales of activations: {', '.join(sorted(_STATIC))} do, or use dynamic"
+        )

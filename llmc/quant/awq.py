@@ -2,14 +2,16 @@
 
     for each smoothing group:   s = mean|x|^a / mean(|w| / max of its group)^b
                                 a of a grid, b 0 or 1 - a, s over the geometric middle of its extremes;
-                                the s with the least |X W^T - Q(W s) (X / s)|^2, summed over the group's linears
+                                the s with the least |X W^T - Q(W s) (X / s)|^2 / |X W^T|^2, summed over the linears
     then:                       fold s into the norm or the linear before (smoothing.py), clip (scales.py), round
 
-b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's awq_lite and of AutoAWQ. The channels' means are over
-all of the calibration text, the outputs that are compared over some hundred tokens spread evenly over it, and both as
-the unquantized model computes them, as in the authors' code. The embedding is rounded to nearest; the head has no norm
-of its own to fold into and is clipped only. Clipping the layers, too, all but q and k as the authors do, is an option:
-each matrix loses less by it, the whole model more (docs/quantization.md has the figures).
+Each linear's error counts relative to its own output: in a plain sum q, whose outputs are large, chooses the scale and
+v pays for it (docs/quantization.md has figures). b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's
+awq_lite and of AutoAWQ. The channels' means are over all of the calibration text, the outputs that are compared over
+some hundred tokens spread evenly over it, and both as the unquantized model computes them, as in the authors' code. The
+variants are nvidia-modelopt's: `lite` searches scales, `clip` ranges, of all matrices but q and k as the authors do,
+`full` both. The embedding is rounded to nearest; the head has no norm of its own to fold into, so with 4 bits its
+ranges are searched in every variant.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ CALIBRATES = True
 
 _SMALLEST = 1e-4  # of a scale before it is divided by its middle: a dead channel must not win everything
 _NOT_CLIPPED = (".attn.q", ".attn.k")
-_DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
+DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
 
 class Options(Strict):
@@ -48,12 +50,12 @@ class Options(Strict):
 
     Attributes:
         steps: Of the grid of a, from 0 to 1.
-        clip: Where ranges are searched, too: nowhere, for the head, or everywhere but for q and k.
+        variant: What is searched in layers: scales, ranges, or both.
         rows: Tokens whose outputs are compared.
     """
 
     steps: PositiveInt = 10
-    clip: Literal["none", "head", "all"] = "head"
+    variant: Literal["lite", "clip", "full"] = "full"
     rows: PositiveInt = 512
 
 
@@ -117,16 +119,16 @@ class Awq:
         watched = dict.fromkeys(
             [*part.formats, *(target for group in self._groups.get(part.name, []) for target in group.targets)]
         )
-        leaders = part.walker.observe(part.name, part.layer, part.states, watched, inputs.see)
+        leaders = part.walker.observe(part.name, part.layer, part.states, watched, inputs.see, advance=True)
         values = {f"{part.name}.{name}": x for name, x in part.layer.state_dict().items()}
         factors: dict[str, Tensor] = {}
         for group in self._groups.get(part.name, []):
             # Without a rounded target there is nothing to gain; without inputs nothing to go by.
-            if any(target in part.formats for target in group.targets) and set(group.targets) & set(leaders):
+            useful = any(target in part.formats for target in group.targets) and set(group.targets) & set(leaders)
+            if useful and self.options.variant != "clip":
                 scale = self._search(part, group, leaders, inputs)
                 wide = smoothing.fold(values, group, scale, heads=self._heads)
                 factors.update(dict.fromkeys(group.targets, wide))
-        part.walker.advance(part.layer, part.states)
         return dict(self._rounded(part, values, factors, leaders, inputs))
 
     def _search(self, part: Part, group: SmoothingGroup, leaders: dict[str, str], inputs: Inputs) -> Tensor:
@@ -138,6 +140,7 @@ class Awq:
         share = torch.cat([shares(part.weight(target), part.formats[target]) for target in rounded]).mean(0)
         share = smoothing.gather(share, group.repeat, self._heads)
         rows = {leader: inputs.rows(leader) for leader in {leaders[target] for target in rounded}}
+        whole = {target: float((rows[leaders[target]] @ part.weight(target).T).square().sum()) for target in rounded}
 
         def loss(scale: Tensor) -> float:
             wide = smoothing.spread(scale, group.repeat, self._heads)
@@ -145,7 +148,7 @@ class Awq:
             for target in rounded:
                 weight, form = part.weight(target), part.formats[target]
                 lost = nearest(weight * wide, form).div_(wide).sub_(weight)
-                total += float((rows[leaders[target]] @ lost.T).square().sum())
+                total += float((rows[leaders[target]] @ lost.T).square().sum()) / max(whole[target], 1e-30)
             return total
 
         found = [self._usable(group, part, scale) for scale in candidates(magnitude, share, self.options.steps)]
@@ -154,9 +157,9 @@ class Awq:
     def _usable(self, group: SmoothingGroup, part: Part, scale: Tensor) -> Tensor:
         info = self._infos[f"{group.source}.weight"]
         source = part.weight(group.source)
-        if source.dim() == 2 or info.dtype not in _DTYPES:
+        if source.dim() == 2 or info.dtype not in DTYPES:
             return scale
-        return smoothing.representable(scale, source, _DTYPES[info.dtype])
+        return smoothing.representable(scale, source, DTYPES[info.dtype])
 
     def _rounded(
         self,
@@ -174,7 +177,7 @@ class Awq:
                 continue
             # An expert that met no token is judged by inputs that are all alike, and not clipped.
             rows = inputs.rows(leaders[matrix]) if matrix in leaders else torch.eye(x.shape[1])
-            clip = self.options.clip == "all" and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
+            clip = self.options.variant != "lite" and matrix in leaders and not matrix.endswith(_NOT_CLIPPED)
             yield name, rounded(x, rows / factors.get(matrix, torch.ones(1)), form, clip=clip)
 
     def head(self, matrix: str, weight: Tensor, states: Sequence[Tensor] | States, form: WeightFormat) -> Packed:
@@ -182,7 +185,7 @@ class Awq:
         inputs = Inputs(self._every)
         for state in states:
             inputs.see(matrix, state.flatten(0, -2))
-        return rounded(weight, inputs.rows(matrix), form, clip=self.options.clip != "none")
+        return rounded(weight, inputs.rows(matrix), form, clip=form.bits < 8)
 
 
 def shares(weight: Tensor, form: WeightFormat) -> Tensor:

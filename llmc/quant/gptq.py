@@ -74,10 +74,11 @@ class Gptq:
         grams = Grams()
         leaders = part.walker.observe(part.name, part.layer, part.states, part.formats, grams.see)
         found: Found = {}
-        for matrix, form in part.formats.items():
-            # An expert that met no token has nothing to go by: it is rounded to nearest.
-            if matrix in leaders:
-                found[f"{matrix}.weight"] = solve(part.weight(matrix), grams.sums[leaders[matrix]], form, self.options)
+        # An expert that met no token has nothing to go by: it is rounded to nearest.
+        for leader in dict.fromkeys(leaders.values()):
+            gram = grams.take(leader)
+            for matrix in (matrix for matrix in part.formats if leaders.get(matrix) == leader):
+                found[f"{matrix}.weight"] = solve(part.weight(matrix), gram, part.formats[matrix], self.options)
         values = {
             name: values_of(packed, part.formats[name.removesuffix(".weight")], part.weight(name[:-7]).shape[1])
             for name, packed in found.items()
@@ -92,7 +93,7 @@ class Gptq:
         grams = Grams()
         for state in states:
             grams.see(matrix, state.flatten(0, -2))
-        return solve(weight, grams.sums[matrix], form, self.options)
+        return solve(weight, grams.take(matrix), form, self.options)
 
 
 def solve(weight: Tensor, gram: Tensor, form: WeightFormat, options: Options) -> Packed:
@@ -161,31 +162,29 @@ class _Solver:
 
 
 def dampen(gram: Tensor, damping: float) -> Tensor:
-    """H, to which even channels that never came have something to say."""
-    damped = gram.clone()
-    diagonal = damped.diagonal()
+    """Make H of a gram matrix, in place, to which even channels that never came have something to say."""
+    diagonal = gram.diagonal()
     diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-6)
     diagonal += damping * diagonal.mean()
-    return damped
+    return gram
 
 
 def inverse_factor(damped: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = H^-1."""
-    return inverse_of_upper(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
+    """The upper triangular U with U^T U = H^-1; H is used up, since two of them at a time are as large as a layer."""
+    # LAPACK writes columns, so the transpose is what it can write into.
+    lower = torch.linalg.cholesky(damped.flip(0, 1), out=damped.T)
+    return invert_upper(lower.T).T.flip(0, 1)
 
 
-def inverse_of_upper(matrix: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix: [[A, B], [0, C]] to [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+def invert_upper(matrix: Tensor) -> Tensor:
+    """Invert an upper triangular matrix in place: [[A, B], [0, C]] to [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
     size = len(matrix)
     if size <= 256:
-        found: Tensor = torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=True)
-        return found
+        return matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=True))
     half = size // 2
-    first, last = inverse_of_upper(matrix[:half, :half]), inverse_of_upper(matrix[half:, half:])
-    inverse = torch.zeros_like(matrix)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ matrix[:half, half:] @ last)
-    return inverse
+    first, last, beside = matrix[:half, :half], matrix[half:, half:], matrix[:half, half:]
+    beside.copy_((invert_upper(first) @ beside) @ invert_upper(last)).neg_()
+    return matrix
 
 
 def _solve(

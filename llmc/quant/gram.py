@@ -20,18 +20,31 @@ from llmc.quant import pack
 from llmc.quant.pack import Packed
 from llmc.recipe import WeightFormat
 
+_BLOCK = 512
+
 
 class Grams:
-    """Gram matrices by name, float32 [in, in], summed as inputs come."""
+    """Gram matrices by name, float32 [in, in], summed as inputs come.
+
+    They are symmetric: what is summed is their upper triangle, in blocks of columns, which is half of the work.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self._upper: dict[str, Tensor] = {}
 
     def see(self, name: str, x: Tensor) -> None:
         """Add inputs [rows, in]."""
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(x.shape[1], x.shape[1])
-        self.sums[name].addmm_(x.T, x)
+        columns = x.shape[1]
+        if name not in self._upper:
+            self._upper[name] = torch.zeros(columns, columns)
+        for start in range(0, columns, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            self._upper[name][block, start:].addmm_(x[:, block].T, x[:, start:])
+
+    def take(self, name: str) -> Tensor:
+        """A sum, which is forgotten."""
+        upper = self._upper.pop(name)
+        return upper.triu_().add_(upper.triu(1).T)
 
 
 def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
@@ -51,7 +64,8 @@ def values_of(packed: Packed, form: WeightFormat, columns: int) -> Tensor:
 
 
 def grouped(matrix: Tensor, size: int) -> Tensor:
-    """[rows, columns] -> [rows, groups, size], the last group filled with zeros."""
+    """[rows, columns] -> [rows, groups, size], the last group filled with zeros; size 0 is a whole row."""
+    size = size or matrix.shape[1]
     missing = -matrix.shape[1] % size
     return torch.nn.functional.pad(matrix, (0, missing)).view(len(matrix), -1, size)
 

@@ -14,9 +14,9 @@ Knows: layouts. Does not know: how codes are chosen (rtn.py and its neighbours).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -38,16 +38,18 @@ class Packed:
     """One quantized matrix [out, in] as it is stored (shapes: llmc/recipe.py, packed_plan).
 
     Attributes:
-        qweight: uint8 [out, groups * group_size * bits / 8].
-        scale: float32 [out, groups].
+        qweight: uint8 [out, groups * group_size * bits / 8], or float8_e4m3fn [out, in].
+        scale: float32 [out, groups], or [1, 1].
         zero: uint8 [out, ceil(groups * bits / 8)], None when symmetric.
+        inputs: What the linear's input goes through, by kind (`input_scale`, ...), in the order of packed_plan.
         error: |X W^T - X W'^T| / |X W^T| on the calibration text X, where the algorithm knows it. Not stored.
     """
 
-    qweight: Bytes
+    qweight: Array
     scale: Floats
     zero: Bytes | None = None
     error: float | None = None
+    inputs: Mapping[str, Floats] = field(default_factory=dict)
 
     def pieces(self, module: str) -> Iterator[tuple[str, Array]]:
         """The tensors under their canonical names."""
@@ -55,6 +57,8 @@ class Packed:
         yield f"{module}.scale", self.scale
         if self.zero is not None:
             yield f"{module}.zero", self.zero
+        for kind, values in self.inputs.items():
+            yield f"{module}.{kind}", values
 
 
 def pack_codes(codes: Bytes, bits: int) -> Bytes:
@@ -78,7 +82,7 @@ def unpack_codes(packed: Bytes, bits: int, count: int) -> Bytes:
 
 
 def dequantize(
-    qweight: Bytes, scale: Floats, zero: Bytes | None, weight_format: WeightFormat, in_features: int
+    qweight: Array, scale: Floats, zero: Bytes | None, weight_format: WeightFormat, in_features: int
 ) -> Floats:
     """What a packed matrix stands for.
 
@@ -89,18 +93,20 @@ def dequantize(
         float32 [out, in_features].
     """
     packed = Packed(qweight, scale, zero)
-    values = np.empty((len(scale), in_features), np.float32)
+    values = np.empty((len(qweight), in_features), np.float32)
 
     def work(part: slice) -> None:
         values[part] = dequantize_rows(packed, weight_format, in_features, part)
 
-    over_rows(work, len(scale), in_features)
+    over_rows(work, len(qweight), in_features)
     return values
 
 
 def dequantize_rows(packed: Packed, weight_format: WeightFormat, in_features: int, part: slice) -> Floats:
     """Some rows of `dequantize`, on this thread."""
-    size, bits = weight_format.group_size, weight_format.bits
+    if weight_format.kind == "fp8":
+        return packed.qweight[part].astype(np.float32) * packed.scale[... if weight_format.per_tensor else part]
+    size, bits = weight_format.width(in_features), weight_format.bits
     scale = packed.scale[part, :, None]
     rows, groups, _ = scale.shape
     codes = unpack_codes(packed.qweight[part], bits, groups * size).reshape(rows, groups, size).astype(np.float32)

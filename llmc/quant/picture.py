@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def draw(errors: Mapping[str, float], sensitivity: Mapping[str, float], path: Path) -> None:
+def draw(
+    errors: Mapping[str, float],
+    sensitivity: Mapping[str, float],
+    bits: Mapping[str, Sequence[int | None]],
+    path: Path,
+) -> None:
     """Write a PNG.
 
     Args:
         errors: Matrix -> relative error. Matrices of the same name in different layers form a line.
         sensitivity: Part -> KL in nats; may be empty.
+        bits: Part -> the widths of its matrices in the end, None for what was kept.
     """
     figure = Figure(figsize=(9, 7 if sensitivity else 4.5), layout="constrained")
     axes = figure.add_subplot(2 if sensitivity else 1, 1, 1)
@@ -33,8 +40,19 @@ def draw(errors: Mapping[str, float], sensitivity: Mapping[str, float], path: Pa
     if 0 < len(lines) <= 16:
         axes.legend(fontsize=8, ncols=2)
     if sensitivity:
-        bars = figure.add_subplot(2, 1, 2)
-        bars.bar([part.removeprefix("layers.") for part in sensitivity], list(sensitivity.values()))
-        bars.set_xlabel("the only part that is quantized")
-        bars.set_ylabel("KL (nats per token)")
+        _bars(figure.add_subplot(2, 1, 2), sensitivity, bits)
     figure.savefig(path, dpi=110)
+
+
+def _bars(axes: Axes, sensitivity: Mapping[str, float], bits: Mapping[str, Sequence[int | None]]) -> None:
+    """A bar for each part, its color saying which bits it got."""
+    got = {part: "+".join(str(width or "kept") for width in bits.get(part, [None])) for part in sensitivity}
+    for index, kind in enumerate(sorted(set(got.values()))):
+        chosen = [part for part in sensitivity if got[part] == kind]
+        places = [list(sensitivity).index(part) for part in chosen]
+        label = kind if kind == "kept" else f"{kind} bits"
+        axes.bar(places, [sensitivity[part] for part in chosen], color=f"C{index}", label=label)
+    axes.set_xticks(range(len(sensitivity)), [part.removeprefix("layers.") for part in sensitivity], fontsize=7)
+    axes.set_xlabel("the only part that is quantized")
+    axes.set_ylabel("KL (nats per token)")
+    axes.legend(fontsize=8)

@@ -1,8 +1,9 @@
 """Quantize a checkpoint: the same steps for every algorithm.
 
     open source ─► check recipe ─► [calibrate] ─► transform tensor by tensor ─► write ─► [judge] ─► seal, report
-                                        ▲                                                   │
-                                        └───────────── more bits, when not good enough ◄────┘
+                                        ▲                                         │         │
+                                        └── more bits, where there is room for them         │
+                                        └── more bits, when not good enough ◄───────────────┘
 
 The folder's manifest has what follows from the inputs alone. report.json and report.png beside it also say how long it
 took and how much memory, and are not part of the folder's identity.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import hashlib
+import functools
 import json
 import math
 import resource
@@ -26,18 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
 
 from llmc import checkpoint as checkpoints
 from llmc import manifest as manifests
-from llmc import names, sample_text, text
+from llmc import names
 from llmc.checkpoint import Checkpoint
-from llmc.config import Strict, parse
+from llmc.config import parse
 from llmc.errors import CheckpointError, UserError
 from llmc.need import installed, need
-from llmc.quant import gate, pack
-from llmc.quant.algorithm import Transform, algorithm
-from llmc.quant.gate import Judge, Verdict
+from llmc.quant import corpus, gate, pack
+from llmc.quant.algorithm import Transform, algorithm, check_formats
+from llmc.quant.corpus import Calibration, Sample
+from llmc.quant.gate import Judge, Probe, Verdict
+from llmc.quant.mixed import Level, Mix, bits_by_part, parameters, room
 from llmc.quant.pack import Packed
 from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.runtime import Tokens
@@ -51,34 +53,6 @@ NONE = "none"
 Progress = Callable[[str, int, int], None]
 
 
-class Calibration(Strict):
-    """Text to calibrate on.
-
-    Attributes:
-        path: A UTF-8 file, of the kind that the model will meet; None is llmc/sample_text.py.
-        window: Tokens read at a time.
-        tokens: Tokens read at most.
-    """
-
-    path: Path | None = None
-    window: PositiveInt = 512
-    tokens: PositiveInt = 8192
-
-    @property
-    def source(self) -> str:
-        """Where the text comes from, for people."""
-        return str(self.path) if self.path else sample_text.describe("calibration")
-
-    def read(self) -> str:
-        """The text."""
-        return text.read(self.path) if self.path else sample_text.read("calibration")
-
-    def parent(self) -> manifests.Parent:
-        """The manifest's entry of it."""
-        digest = hashlib.sha256(self.read().encode()).hexdigest()
-        return manifests.Parent(kind="text", sha256=digest, name=self.path.name if self.path else "sample text")
-
-
 @dataclass
 class Figures:
     """What quantizing did.
@@ -90,6 +64,9 @@ class Figures:
         error_kind: What most of them are errors of.
         kept: Matrices that stayed as they were.
         recipe: What was done in the end; the gate may have given some matrices more bits.
+        parameters: Of the model.
+        parts: Part -> the widths of its matrices, None for those that are kept.
+        sensitivity: Part -> KL in nats when it alone has the recipe's bits, where that was looked for.
         calibrated_on: The calibration text, for people.
         verdict: What the judge found.
         seconds: Of the whole run.
@@ -102,6 +79,9 @@ class Figures:
     error_kind: str = "weights"
     kept: list[str] = field(default_factory=list)
     recipe: QuantRecipe | None = None
+    parameters: int = 0
+    parts: dict[str, list[Level]] = field(default_factory=dict)
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
     calibrated_on: str | None = None
     verdict: Verdict | None = None
     seconds: float = 0.0
@@ -116,6 +96,11 @@ class Figures:
     def mean_error(self) -> float:
         return sum(self.errors.values()) / len(self.errors) if self.errors else 0.0
 
+    @property
+    def bits(self) -> float:
+        """Of all tensors, scales and what was kept included, for each parameter."""
+        return 8 * self.bytes_after / self.parameters
+
     def report(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:10]
@@ -124,6 +109,9 @@ class Figures:
             "calibrated_on": self.calibrated_on,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bits_per_parameter": round(self.bits, 4),
+            "bits_by_part": self.parts,
+            "sensitivity": dict(self.sensitivity) or None,
             "mean_error": self.mean_error,
             "error_of": self.error_kind,
             "worst": {name: self.errors[name] for name in worst},
@@ -141,69 +129,120 @@ def quantize(
     *,
     calibration: Calibration | None = None,
     judge: Judge | None = None,
+    probe: Probe | None = None,
     max_increase: float | None = None,
+    target_bits: float | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Figures:
     """Write a quantized copy of a checkpoint.
 
     Args:
-        calibration: Needed by some algorithms and for an int8 KV cache; by default some sample text.
+        calibration: Needed by some algorithms and for a KV cache; by default some sample text.
         judge: Measures the result.
-        max_increase: Of the perplexity, as a share; parts of the model get 8 bits until it is met. Needs a judge.
+        probe: Measures what each part of the model costs, on the calibration text.
+        max_increase: Of the perplexity, as a share; parts of the model get more bits until it is met. Needs a judge
+            and a probe.
+        target_bits: For each parameter, scales and all; parts get more bits as long as there is room. Needs a probe.
 
     Raises:
         UserError: The recipe does not fit the model, or `target` exists.
-        GateError: `max_increase` is not met with 8 bits everywhere.
+        GateError: `max_increase` is not met while anything is quantized.
         ArtifactError: `source` is not a whole, unquantized checkpoint.
     """
     began = time.perf_counter()
-    progress = progress or (lambda *_: None)
     checkpoint = Checkpoint(source)
     recipe = check_recipe(checkpoint, recipe)
     judge = _judge_of(checkpoint, judge, max_increase)
+    _check_goal(recipe, max_increase, target_bits, judge, probe)
+    if target_bits is not None:
+        room(checkpoint, recipe, target_bits)
     manifests.check_target(target, overwrite=overwrite)
     calibration = _needed(recipe, calibration)
-    windows = _windows(checkpoint, calibration) if calibration else []
-    inside = gate.matrices_by_part(checkpoint.spec, names.matrices(checkpoint.spec)) if max_increase is not None else {}
     with manifests.creating(target, overwrite=overwrite) as folder:
-        scales = _kv_scales(checkpoint, windows, progress) if recipe.kv_cache else {}
-        sensitivity: Mapping[str, float] = {}
-        while True:
-            figures, hashes = _write(folder, checkpoint, recipe, windows, scales, progress)
-            manifests.seal(folder, _manifest(source, recipe, calibration, figures), hashes)
-            if judge is None:
+        work = _Work(folder, checkpoint, recipe, calibration, progress or (lambda *_: None))
+        figures, mix = work.write(recipe), None
+        if target_bits is not None and probe:
+            mix = work.mix(recipe, probe)
+            figures = work.write(mix.fit(target_bits))
+        while judge:
+            figures.verdict = judge(checkpoint, Checkpoint(folder))
+            if max_increase is None or figures.verdict.increase <= max_increase or probe is None:
                 break
-            figures.verdict = judge(checkpoint, Checkpoint(folder), max_increase is not None and not sensitivity)
-            sensitivity = sensitivity or figures.verdict.sensitivity
-            if max_increase is None or figures.verdict.increase <= max_increase:
-                break
-            recipe = gate.refine(recipe, inside, sensitivity, figures.verdict, max_increase)
-            _clear(folder)
-        figures.calibrated_on = calibration.source if calibration else None
-        if figures.verdict:
-            manifests.seal(folder, _manifest(source, recipe, calibration, figures), hashes)
+            mix = mix or work.mix(recipe, probe)
+            figures = work.write(gate.refine(mix, figures.verdict, max_increase))
+        figures.sensitivity = mix.sensitivity if mix else {}
+        work.seal(figures)
         figures.seconds = time.perf_counter() - began
-        _report(folder, figures, sensitivity)
+        _report(folder, figures)
     return figures
 
 
-def _write(
-    folder: Path,
-    checkpoint: Checkpoint,
-    recipe: QuantRecipe,
-    windows: Sequence[Tokens],
-    scales: Mapping[str, Array],
-    progress: Progress,
-) -> tuple[Figures, dict[str, str]]:
-    """Everything but manifest and report; with the sha256 of each file of weights."""
-    infos = checkpoints.plan(checkpoint.spec, recipe, checkpoint.infos)
-    figures = Figures(_total(checkpoint.infos), _total(infos), recipe=recipe)
-    transform = algorithm(recipe.algorithm).prepare(checkpoint, recipe, windows) if recipe.weights else None
-    stream = _stream(checkpoint, recipe, transform, scales, figures, progress)
-    hashes = checkpoints.write(folder, checkpoint.spec, infos, lambda name: _next(stream, name), recipe=recipe)
-    checkpoint.copy_companions(folder)
-    return figures, hashes
+def _check_goal(
+    recipe: QuantRecipe, max_increase: float | None, target_bits: float | None, judge: Judge | None, probe: Probe | None
+) -> None:
+    if max_increase is None and target_bits is None:
+        return
+    if max_increase is not None and target_bits is not None:
+        raise UserError("--target-bits and --max-ppl-increase both choose the bits: give one", param="target_bits")
+    if recipe.weights is None:
+        raise UserError("--target-bits and --max-ppl-increase choose the bits of weights: name an --algo", param="algo")
+    if probe is None or (max_increase is not None and judge is None):
+        raise TypeError("max_increase needs a judge and a probe, target_bits a probe")
+
+
+class _Work:
+    """What all attempts share.
+
+    Args:
+        recipe: Of the first of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        recipe: QuantRecipe,
+        calibration: Calibration | None,
+        progress: Progress,
+    ) -> None:
+        self._folder, self._checkpoint, self._progress = folder, checkpoint, progress
+        self._calibration = calibration
+        self._sample = self._read(calibration) if calibration else Sample((), "")
+        self._scales = _kv_scales(checkpoint, recipe, self._sample.windows, progress)
+        self._hashes: dict[str, str] = {}
+
+    def _read(self, calibration: Calibration) -> Sample:
+        spec = self._checkpoint.spec
+        return corpus.read(calibration, Tokenizer.load(self._checkpoint.folder), spec.max_positions)
+
+    def write(self, recipe: QuantRecipe) -> Figures:
+        """Everything but the reports, in place of what was there."""
+        _clear(self._folder)
+        checkpoint, windows = self._checkpoint, self._sample.windows
+        infos = checkpoints.plan(checkpoint.spec, recipe, checkpoint.infos)
+        figures = Figures(_total(checkpoint.infos), _total(infos), recipe=recipe)
+        figures.parameters = parameters(checkpoint.spec)
+        figures.parts = bits_by_part(checkpoint.spec, recipe)
+        figures.calibrated_on = self._sample.source or None
+        transform = algorithm(recipe.algorithm).prepare(checkpoint, recipe, windows) if recipe.weights else None
+        stream = _stream(checkpoint, recipe, transform, self._scales, figures, self._progress)
+        load = functools.partial(_next, stream)
+        self._hashes = checkpoints.write(self._folder, checkpoint.spec, infos, load, recipe=recipe)
+        checkpoint.copy_companions(self._folder)
+        self.seal(figures)
+        return figures
+
+    def mix(self, recipe: QuantRecipe, probe: Probe) -> Mix:
+        """What each part costs with the recipe that was written."""
+        windows = self._sample.windows or self._read(Calibration()).windows
+        sensitivity = probe(self._checkpoint, Checkpoint(self._folder), gate.probes(windows))
+        return Mix(self._checkpoint, recipe, sensitivity)
+
+    def seal(self, figures: Figures) -> None:
+        """Write the manifest."""
+        found = _manifest(self._checkpoint.folder, self._calibration, figures)
+        manifests.seal(self._folder, found, self._hashes)
 
 
 def _clear(folder: Path) -> None:
@@ -214,27 +253,27 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _report(folder: Path, figures: Figures, sensitivity: Mapping[str, float]) -> None:
+def _report(folder: Path, figures: Figures) -> None:
     """The figures for machines, and for people a picture of them where matplotlib is installed."""
     figures.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (folder / "report.json").write_text(json.dumps(figures.report(), indent=1) + "\n", encoding="utf-8")
     if figures.errors and installed("matplotlib"):
         from llmc.quant import picture
 
-        picture.draw(figures.errors, sensitivity, folder / "report.png")
+        picture.draw(figures.errors, figures.sensitivity, figures.parts, folder / "report.png")
 
 
-def _manifest(
-    source: Path, recipe: QuantRecipe, calibration: Calibration | None, figures: Figures
-) -> manifests.Manifest:
+def _manifest(source: Path, calibration: Calibration | None, figures: Figures) -> manifests.Manifest:
     parents = [manifests.parent(source)]
-    settings = {"recipe": recipe.model_dump(mode="json")}
+    settings = {"recipe": figures.recipe.model_dump(mode="json") if figures.recipe else None}
     if calibration:
-        parents.append(calibration.parent())
+        parents += calibration.parents()
         settings["calibration"] = {"window": calibration.window, "tokens": calibration.tokens}
     notes: dict[str, Any] = {"mean_error": round(figures.mean_error, 4)} if figures.errors else {}
     if figures.verdict:
         notes["quality"] = figures.verdict.figures()
+    if figures.sensitivity:
+        notes["sensitivity"] = {part: round(kl, 6) for part, kl in figures.sensitivity.items()}
     uses_torch = calibration or figures.verdict
     return manifests.Manifest(
         kind="checkpoint",
@@ -270,21 +309,19 @@ def check_recipe(checkpoint: Checkpoint, recipe: QuantRecipe) -> QuantRecipe:
         raise UserError("every matrix is kept: nothing is left to quantize", param="keep")
     if recipe.weights is None:
         return recipe
-    options = parse(algorithm(recipe.algorithm).Options, recipe.options, where=f"options of {recipe.algorithm}")
-    return recipe.model_copy(update={"options": options.model_dump()})
+    module = algorithm(recipe.algorithm)
+    check_formats(recipe)
+    options = parse(module.Options, recipe.options, where=f"options of {recipe.algorithm}")
+    recipe = recipe.model_copy(update={"options": options.model_dump()})
+    complete = getattr(module, "complete", None)
+    return complete(checkpoint, recipe) if complete else recipe
 
 
 def _no_such_matrix(glob: str, matrices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(glob, [*matrices, *_kinds(matrices)], n=1)
+    near = difflib.get_close_matches(glob, [*matrices, *names.kinds(matrices)], n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     tied = " The head of this model is its embedding: keep 'embed'." if glob == "head" else ""
-    return f"no matrix fits '{glob}'{hint}.{tied} There are {', '.join(_kinds(matrices))}"
-
-
-def _kinds(matrices: Sequence[str]) -> list[str]:
-    """Names with layers left open: embed, layers.*.attn.q, ..."""
-    parts = (name.split(".") for name in matrices)
-    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name) for name in parts))
+    return f"no matrix fits '{glob}'{hint}.{tied} There are {', '.join(names.kinds(matrices))}"
 
 
 def _judge_of(checkpoint: Checkpoint, judge: Judge | None, max_increase: float | None) -> Judge | None:
@@ -302,27 +339,27 @@ def _needed(recipe: QuantRecipe, calibration: Calibration | None) -> Calibration
     Raises:
         UserError: A text was given and nothing looks at it.
     """
-    calibrates = bool(recipe.weights and algorithm(recipe.algorithm).CALIBRATES)
-    if calibrates or recipe.kv_cache:
+    is_static = bool(recipe.activations and not recipe.activations.dynamic)
+    calibrates = bool(recipe.weights and (is_static or algorithm(recipe.algorithm).CALIBRATES))
+    observed = recipe.kv_cache is not None and recipe.kv_cache.scale != "dynamic"
+    if calibrates or observed:
         need("torch")
         return calibration or Calibration()
-    if calibration and calibration.path:
+    if calibration and calibration.paths:
         raise UserError("nothing in this recipe is calibrated: leave --calibration out", param="calibration")
     return None
 
 
-def _windows(checkpoint: Checkpoint, calibration: Calibration) -> list[Tokens]:
-    tokenizer = Tokenizer.load(checkpoint.folder)
-    window = min(calibration.window, checkpoint.spec.max_positions)
-    return text.windows(calibration.read(), tokenizer, window, limit=calibration.tokens)
-
-
-def _kv_scales(checkpoint: Checkpoint, windows: Sequence[Tokens], progress: Progress) -> dict[str, Array]:
-    from llmc import model
+def _kv_scales(
+    checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens], progress: Progress
+) -> dict[str, Array]:
+    """Of a KV cache whose scales are stored."""
+    if recipe.kv_cache is None or recipe.kv_cache.scale == "dynamic":
+        return {}
     from llmc.quant import calibrate
 
-    decoder = model.load(checkpoint)
-    return dict(calibrate.kv_scales(decoder, windows, lambda done, of: progress("calibrating", done, of)))
+    tell = functools.partial(progress, "calibrating the KV cache")
+    return dict(calibrate.kv_scales(checkpoint, recipe.kv_cache, windows, tell))
 
 
 def _stream(

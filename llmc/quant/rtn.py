@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmc.config import Strict
+from llmc.quant import fp8
 from llmc.quant.algorithm import Transform
 from llmc.quant.pack import Bytes, Floats, Packed, over_rows, pack_codes
 from llmc.recipe import WeightFormat
@@ -33,8 +34,10 @@ def prepare(*_: object) -> Transform:
 
 def quantize(weights: Array, weight_format: WeightFormat) -> Packed:
     """Quantize a matrix [out, in] of any float type, some rows at a time on every core."""
+    if weight_format.kind == "fp8":
+        return fp8.quantize(weights, weight_format)
     rows, columns = weights.shape
-    groups, size, bits = weight_format.groups(columns), weight_format.group_size, weight_format.bits
+    groups, size, bits = weight_format.groups(columns), weight_format.width(columns), weight_format.bits
 
     def work(part: slice) -> tuple[Bytes, Floats, Bytes]:
         padded = np.zeros((part.stop - part.start, groups * size), np.float32)

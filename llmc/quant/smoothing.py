@@ -44,6 +44,11 @@ def gather(columns: Tensor, repeat: int, heads: int) -> Tensor:
     return columns.view(heads, repeat, -1).mean(1).flatten() if repeat > 1 else columns
 
 
+def largest(columns: Tensor, repeat: int, heads: int) -> Tensor:
+    """The largest of the columns that one channel feeds."""
+    return columns.view(heads, repeat, -1).amax(1).flatten() if repeat > 1 else columns
+
+
 def representable(scale: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale nearest to `scale` by which a norm's weight, stored as `dtype`, is divided without loss.
 

@@ -271,6 +271,8 @@ def open_runner(
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # Without VNNI, sums of two products of unsigned and signed bytes overflow 16 bits: take slower products there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
     except Exception as error:

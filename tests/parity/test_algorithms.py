@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -13,9 +14,19 @@ from llmc import model
 from llmc.checkpoint import Checkpoint
 from llmc.quant.algorithm import ALGORITHMS
 from llmc.quant.algorithm import algorithm as module_of
-from llmc.quant.quantize import Calibration, quantize
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.quant.corpus import Calibration
+from llmc.quant.quantize import quantize
+from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
 
+GROUPS, ROWS = WeightFormat(bits=8, group_size=32), WeightFormat(bits=8, group_size=0)
+FP8 = WeightFormat(kind="fp8", bits=8, group_size=0)
+FORMATS: dict[str, dict[str, Any]] = {
+    "w8a8": {"weights": ROWS, "outside": GROUPS, "activations": ActivationFormat()},
+    "smoothquant": {"weights": ROWS, "outside": GROUPS, "activations": ActivationFormat(), "options": {"steps": 2}},
+    "fp8": {"weights": FP8, "outside": GROUPS, "activations": ActivationFormat(kind="fp8")},
+}
+# Three bits of mantissa are off by 1/16 of every value, and change what a router chooses now and then.
+ALLOWED = {"fp8": 0.5}
 ONE_OF_EACH = {case.model_type: name for name, case in tiny.TINY.items()}
 
 
@@ -26,7 +37,7 @@ def test_eight_bits_stay_near(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and there the other user was " * 20, encoding="utf-8")
-    recipe = QuantRecipe(algorithm=algorithm, weights=WeightFormat(bits=8, group_size=32))
+    recipe = QuantRecipe(algorithm=algorithm, **FORMATS.get(algorithm, {"weights": GROUPS}))
     calibration = Calibration(path=text, tokens=512) if module_of(algorithm).CALIBRATES else None
     quantize(tiny_checkpoint(name), tmp_path / "out", recipe, calibration=calibration)
     tokens = torch.tensor([tiny.tokens(30)])
@@ -34,4 +45,4 @@ def test_eight_bits_stay_near(
         expected = model.load(Checkpoint(tiny_checkpoint(name)))(tokens)
         got = model.load(Checkpoint(tmp_path / "out"))(tokens)
     # A code of 8 bits is off by 1/254 of its group's largest weight at most; a wrongly folded scale by half and more.
-    assert 0 < (got - expected).norm() < 0.15 * expected.norm()
+    assert 0 < (got - expected).norm() < ALLOWED.get(algorithm, 0.15) * expected.norm()

@@ -13,7 +13,8 @@ import torch
 from llmc import model
 from llmc.builders import ort as builder
 from llmc.checkpoint import Checkpoint
-from llmc.quant.quantize import Calibration, quantize
+from llmc.quant.corpus import Calibration
+from llmc.quant.quantize import quantize
 from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
 from llmc.runtime import Chunk
 from llmc.serve.runners import open_runner

@@ -13,10 +13,12 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from llmc.converters import families
+from llmc.converters import families, hf
 from llmc.converters.convert import convert
 from llmc.converters.rules import source_names
 from llmc.names import tensors
+from llmc.quant.quantize import quantize
+from llmc.recipe import QuantRecipe, WeightFormat
 
 MEASURE = """
 import sys
@@ -26,6 +28,7 @@ def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
 from llmc.converters import convert, gguf, gguf_writer, hf, own, paddle, peft  # importing is not what converting costs
+from llmc.converters.layouts import awq
 from llmc.checkpoint import Checkpoint
 import gguf as _
 before = kilobytes("VmRSS")
@@ -41,6 +44,10 @@ elif kind == "from-gguf":
     gguf.convert(source / "model.gguf", out)
 elif kind.startswith("gguf-"):
     gguf_writer.export(source, out, kind=kind.removeprefix("gguf-"))
+elif kind == "pack":
+    awq.export(source, out)
+elif kind == "unpack":
+    hf.convert(source, out)
 else:
     peft.convert(source, out, base=base, dtype=kind)
 print(kilobytes("VmHWM") - before)
@@ -123,3 +130,16 @@ def test_gguf_both_ways(tmp_path: Path) -> None:
         assert grown(f"gguf-{kind}", tmp_path / "checkpoint", folder, tmp_path / kind) < LARGEST + 300e6
         assert grown("from-gguf", tmp_path / kind, folder, tmp_path / f"from-{kind}") < LARGEST + 300e6
     assert grown("own", tmp_path / "checkpoint", folder, tmp_path / "own") < LARGEST + 300e6
+
+
+def test_packed_weights_both_ways(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file(weights(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    hf.convert(folder, tmp_path / "checkpoint")
+    recipe = QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=4, group_size=32, symmetric=False))
+    quantize(tmp_path / "checkpoint", tmp_path / "quantized", recipe)
+    # The embedding, the largest, is written as float32.
+    assert grown("pack", tmp_path / "quantized", folder, tmp_path / "packed") < LARGEST + 300e6
+    assert grown("unpack", tmp_path / "packed", folder, tmp_path / "back") < LARGEST + 300e6

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"llmc.names", "llmc.adapter", "llmc.engine", "llmc.verified", "llmc.rope", "llmc.alibi", "llmc.prefix"},
     {"llmc.recipe"},
     {"llmc.checkpoint", "llmc.quant.pack"},
-    {"llmc.tokenizer"},
+    {"llmc.tokenizer", "llmc.rounding"},
     {"llmc.text", "llmc.sample_text", "llmc.prompt"},
     {"llmc.model"},
     {"llmc.layerwise", "llmc.modeling"},
@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
 # Packages that are large, optional or slow to import, and the only places that may name them.
 HEAVY = {
     "torch": {
+        "llmc.rounding",
         "llmc.model",
         "llmc.layerwise",
         "llmc.modeling",

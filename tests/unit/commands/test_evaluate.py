@@ -1,4 +1,4 @@
-"""`llmc evaluate`: engines and checkpoints in one table."""
+"""`llmc evaluate`: all kinds of models in one table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 from llmc import cli, manifest
 from llmc.builders import ort
+from llmc.evaluate import code_tasks
 from llmc.quant.quantize import quantize
 from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.serve.local import serving
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -75,7 +77,92 @@ def test_mistakes(
     assert "Traceback" not in err
 
 
-def test_folder_that_does_not_run(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_all_kinds_say_the_same(
+    family: str,
+    tiny_source: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """transformers' model, the checkpoint, the engine and a server of the engine, in chunks and whole."""
+    source, checkpoint, engine = tiny_source(family), tiny_checkpoint(family), tmp_path / "engine"
+    ort.build(checkpoint, engine)
+    figures = tmp_path / "figures.json"
+    options = ("--text", text, "--window", 200, "--max-tokens", 250, "--json", figures)
+    with serving(engine) as url:
+        status, out, _ = run(capsys, source, checkpoint, engine, url, *options)
+        assert status == 0
+        rows = json.loads(figures.read_text(encoding="utf-8"))
+        status, alone, _ = run(capsys, url, "--text", text, "--window", 100, "--max-tokens", 150)
+        assert status == 0
+    assert [row["kind"] for row in rows] == ["hf", "checkpoint", "engine", "server"]
+    assert {row["tokens"] for row in rows} == {250 - 2}
+    for row in rows[1:]:
+        assert row["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+        assert row["top1"] > 0.98
+    assert [row["kl"] is None or row["kl"] < 1e-6 for row in rows] == [True] * 4
+    assert [row["kl"] for row in rows][-1] is None
+    assert url.rpartition(":")[2] in out
+    assert "perplexity" in alone
+
+
+TASK = {
+    "task_id": "t/0",
+    "prompt": "def f():\n    pass\n",
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert candidate() is None\n",
+}
+
+
+def test_tasks(
+    tiny_source: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a random model writes is no Python, so it solves a task only where nothing that it writes counts."""
+    engine, figures, path = tmp_path / "engine", tmp_path / "figures.json", tmp_path / "tasks.jsonl"
+    ort.build(tiny_checkpoint("llama"), engine)
+    ignoring = {**TASK, "task_id": "t/1", "prompt": TASK["prompt"] + "#"}
+    monkeypatch.setattr(code_tasks, "MAX_TOKENS", 12)
+    path.write_text("".join(json.dumps(task) + "\n" for task in (TASK, ignoring)), encoding="utf-8")
+    with serving(engine) as url:
+        models = (tiny_source("llama"), tiny_checkpoint("llama"), engine, url)
+        status, out, _ = run(capsys, *models, "--tasks", path, "--text", text, "--max-tokens", 50, "--json", figures)
+    assert status == 0
+    assert "pass@1" in out
+    rows = json.loads(figures.read_text(encoding="utf-8"))
+    written = [[task["completion"] for task in row["tasks"]] for row in rows]
+    assert all(each == written[0] for each in written)
+    assert "".join(written[0])
+    for row in rows:
+        programs = [
+            code_tasks.program(code_tasks.Task(**task), text)
+            for task, text in zip((TASK, ignoring), written[0], strict=True)
+        ]
+        assert [task["passed"] for task in row["tasks"]] == [_is_python(each) for each in programs]
+    assert any(not task["passed"] for task in rows[0]["tasks"])
+
+
+def _is_python(program: str) -> bool:
+    try:  # a line of a dozen random tokens
+        exec(compile(program, "program.py", "exec"), {})
+    except Exception:
+        return False
+    return True
+
+
+def test_nothing_to_do(tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, tiny_checkpoint("llama"))
+    assert status == 2
+    assert "give --text, --tasks or both" in err
+
+
+def test_what_is_no_model(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, tmp_path / "none", "--text", text)
-    assert status == 4
-    assert "is not a folder" in err
+    assert status == 2
+    assert "is none of these" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,9 @@ def test_default_is_int4(
     assert (status, err) == (0, "")
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
-    assert recipe.weights == WeightFormat(bits=4, group_size=32)
-    assert "16 in 4 bits, groups of 32; kept 0" in out
+    assert recipe.weights == WeightFormat(bits=4, group_size=32, symmetric=False)
+    assert "15 in 4 bits, groups of 32 with zero points, 1 in 8 bits, groups of 32; kept 0" in " ".join(out.split())
+    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32)}
     assert "on average" in out
     assert f"next: llmc build-engine {tmp_path / 'q'}" in out
 
@@ -66,7 +68,10 @@ def test_a_gate_that_cannot_be_met_is_exit_3(
         capsys, tiny_checkpoint("llama"), tmp_path / "q", "--text-tokens", 100, "--max-ppl-increase", "1.5%"
     )
     assert (status, out) == (3, "")
-    assert "perplexity rises by 50.00% with 8 bits everywhere, 1.50% is allowed: nothing was written" in err
+    assert (
+        "perplexity rises by 50.00%, 1.50% is allowed, and with more bits nothing would be left that is quantized"
+        in err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,15 +84,58 @@ def test_options_reach_the_recipe(
     recipe = Checkpoint(tmp_path / "q").recipe
     assert recipe is not None
     assert recipe.options == {"act_order": False, "damping": 0.05, "search": True}
-    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32)}
-    assert "15 in 4 bits, groups of 32, 1 in 8 bits" in out
+    assert recipe.overrides == {"head": WeightFormat(bits=8, group_size=32, symmetric=False)}
+    assert "15 in 4 bits, groups of 32 with zero points, 1 in 8 bits" in " ".join(out.split())
     assert re.search(r"perplexity +not measured", out)
     assert "calibration half" in " ".join(out.split())
+
+
+def test_bits_that_are_aimed_at(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, tiny_checkpoint("llama"), tmp_path / "q", "--target-bits", 7, "--text-tokens", 100)
+    assert status == 0
+    bits = re.search(r"bits +([0-9.]+) for each parameter, scales and what is kept included", out)
+    assert bits
+    assert 6 < float(bits[1]) <= 7
+    assert re.search(r"bits by part +(4|8): .*; (4|8): ", out)
+    report = json.loads((tmp_path / "q" / "report.json").read_text(encoding="utf-8"))
+    assert report["bits_per_parameter"] == pytest.approx(float(bits[1]), abs=0.006)
+    assert report["sensitivity"].keys() == report["bits_by_part"].keys() == {"front", "layers.0", "layers.1", "tail"}
+
+
+def test_a_configuration_of_paddlenlp(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its data, through the model's template; what is typed goes before it."""
+    (tmp_path / "data").mkdir()
+    rows = [{"src": "the quick fox?", "tgt": "over the dog"}] * 20
+    (tmp_path / "data" / "train.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    values = {"do_gptq": True, "gptq_step": 8, "dataset_name_or_path": "./data", "output_dir": "./checkpoints"}
+    (tmp_path / "gptq_argument.json").write_text(json.dumps(values), encoding="utf-8")
+    arguments = ["--config", tmp_path / "gptq_argument.json", "--group-size", 64, "--text-tokens", 100]
+    status, out, err = run(capsys, tiny_checkpoint("llama"), tmp_path / "q", *arguments)
+    assert status == 0
+    assert "gptq_argument.json: gptq_step: how much is read: --calibration-tokens" in err
+    recipe = Checkpoint(tmp_path / "q").recipe
+    assert recipe is not None
+    assert (recipe.algorithm, recipe.keep) == ("gptq", ("[!l]*",))
+    assert recipe.weights == WeightFormat(bits=4, group_size=64, symmetric=False)
+    assert recipe.options == {"act_order": True, "damping": 0.1, "search": True}
+    assert "20 rows of src/tgt, through the model's chat template" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--target-bits", "3"], "3 bits a parameter are not enough"),
+        (["--target-bits", "6", "--max-ppl-increase", "1"], "both choose the bits: give one"),
+        (["--target-bits", "6", "--algo", "none", "--kv-cache", "int8"], "choose the bits of weights: name an --algo"),
+        (["--kv-scale", "head"], "add --kv-cache int8"),
+        (["--kv-cache", "int8", "--kv-scale", "dynamic", "--kv-observer", "max", "--calib", "a.txt"], "is calibrated"),
+        (["--kv-cache", "int8", "--kv-scale", "dynamic", "--kv-observer", "average"], "no text is observed"),
+        (["--algo", "gptq", "--calib", "none.jsonl"], "cannot read the calibration file none.jsonl"),
+        (["--config", "none.json"], "cannot read the configuration none.json"),
         (["--option", "act_order"], "'act_order' is not of the form NAME=VALUE"),
         (["--algo", "gptq", "--option", "damping=7"], "'damping'"),
         (["--override", "head=5"], "'overrides.head.bits'"),

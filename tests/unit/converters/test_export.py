@@ -14,6 +14,8 @@ from llmc.commands import export as command
 from llmc.converters.convert import convert
 from llmc.converters.export import FORMATS, export
 from llmc.errors import UserError
+from llmc.quant.quantize import quantize
+from llmc.recipe import QuantRecipe, WeightFormat
 
 
 def test_the_command_offers_what_the_table_has() -> None:
@@ -29,7 +31,13 @@ def test_every_format_has_the_one_signature(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_is_read_again(form: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    made = CliRunner().invoke(command.command, [str(tiny_checkpoint("qwen2")), str(tmp_path / "out"), "--format", form])
+    source = tiny_checkpoint("qwen2")
+    if FORMATS[form].quantized:
+        quantize(
+            source, tmp_path / "quantized", QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=4, group_size=32))
+        )
+        source = tmp_path / "quantized"
+    made = CliRunner().invoke(command.command, [str(source), str(tmp_path / "out"), "--format", form])
     assert made.exit_code == 0, made.output
     assert "next: " in made.output
     assert convert(tmp_path / "out", tmp_path / "back").spec.family == "qwen2"

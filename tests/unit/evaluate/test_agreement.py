@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ class Fixed:
 
 
 def subject(vocab_size: int = 11, seed: int = 0, windows: list[np.ndarray] = WINDOWS) -> Subject:
-    return Subject(Path("nowhere"), "engine", Fixed(vocab_size, seed), windows)
+    return Subject("nowhere", "engine", windows, Fixed(vocab_size, seed))
 
 
 def test_divergence_is_that_of_torch() -> None:

@@ -11,7 +11,7 @@ import tiny
 
 from llmc.checkpoint import Checkpoint
 from llmc.evaluate.agreement import Subject, compare
-from llmc.evaluate.quality import Quality, TextJudge, quality
+from llmc.evaluate.quality import Quality, TextJudge, quality, sensitivity
 from llmc.evaluate.reference import open_reference
 from llmc.names import parts
 from llmc.quant.quantize import quantize
@@ -33,7 +33,7 @@ def test_is_what_whole_models_give(name: str, tiny_checkpoint: Callable[[str], P
     result = made(original.folder, tmp_path / "q")
     found = quality(original, result, windows())
     subjects = [
-        Subject(item.folder, "checkpoint", open_reference(item.folder), windows()) for item in (original, result)
+        Subject(str(item.folder), "checkpoint", windows(), open_reference(item.folder)) for item in (original, result)
     ]
     first, second = compare(subjects)
     assert second.agreement is not None
@@ -52,7 +52,7 @@ def test_sensitivity_is_that_of_the_part_alone(
 ) -> None:
     """Each part's lane equals a checkpoint of which only this part was quantized."""
     original = Checkpoint(tiny_checkpoint(name))
-    found = quality(original, made(original.folder, tmp_path / "q"), windows(), probes=windows()[:2]).sensitivity
+    found = sensitivity(original, made(original.folder, tmp_path / "q"), windows()[:2])
     others = {
         "front": ["layers.*", "head"],
         "layers.0": ["embed", "layers.1.*", "head"],
@@ -72,9 +72,9 @@ def test_sensitivity_is_that_of_the_part_alone(
 
 def test_the_same_checkpoint_costs_nothing(tiny_checkpoint: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("llama"))
-    found = quality(checkpoint, checkpoint, windows(), probes=windows())
+    found = quality(checkpoint, checkpoint, windows())
     assert (found.increase, found.top1) == (0, 1)
-    assert set(found.sensitivity.values()) == {0.0}
+    assert set(sensitivity(checkpoint, checkpoint, windows()).values()) == {0.0}
 
 
 def test_judge_reads_a_text(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -84,9 +84,7 @@ def test_judge_reads_a_text(tiny_checkpoint: Callable[[str], Path], tmp_path: Pa
     judge = TextJudge(
         "the quick brown fox " * 60, "a fox", tokens=200, window=64, progress=lambda *call: calls.append(call)
     )
-    found = judge(original, result, False)
+    found = judge(original, result)
     assert isinstance(found, Quality)
-    assert (found.source, found.tokens, dict(found.sensitivity)) == ("a fox", 196, {})
-    assert "sensitivity" not in found.figures()
+    assert (found.source, found.tokens) == ("a fox", 196)
     assert calls == [("judging", done, 3) for done in (1, 2, 3)]
-    assert set(judge(original, result, True).figures()["sensitivity"]) == {"front", "layers.0", "layers.1", "tail"}

@@ -7,7 +7,7 @@ import copy
 import io
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,50 @@ def test_channels_that_the_text_uses_most_lose_least(
             values[::13] *= 10
     save_file(tensors, folder / "model.safetensors")
     checkpoint = Checkpoint(folder)
-    _, found = results(checkpoint, clip="all")
-    _, unclipped = results(checkpoint, clip="none")
+    _, found = results(checkpoint, variant="full")
+    _, unclipped = results(checkpoint, variant="lite")
     monkeypatch.setattr(awq, "candidates", lambda magnitude, *_: iter([torch.ones_like(magnitude)]))
-    values, nothing = results(checkpoint, clip="none")
+    values, nothing = results(checkpoint, variant="lite")
+    _, clipped = results(checkpoint, variant="clip")
     for tensor in (f"{matrix}.weight" for matrix in nothing):
         exact = checkpoint[tensor]
         torch.testing.assert_close(values[tensor], values_of(rtn.quantize(exact, INT4), INT4, exact.shape[1]))
     assert len(found) == len(nothing) == 7 * checkpoint.spec.num_layers
     assert all(found[matrix] <= unclipped[matrix] * 1.01 for matrix in nothing)
+    assert all(clipped[matrix] <= nothing[matrix] * 1.01 for matrix in nothing)
+    assert sum(clipped.values()) < sum(nothing.values())
     readers = [matrix for matrix in nothing if matrix.endswith((".q", ".k", ".v", ".gate", ".up"))]
     assert sum(unclipped[matrix] for matrix in readers) < 0.8 * sum(nothing[matrix] for matrix in readers)
+
+
+def test_no_linear_pays_for_another_whose_outputs_are_larger(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q's outputs are a thousand times v's, and it alone would gain by a scale that ruins k and v."""
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    for tensor, values in tensors.items():
+        if tensor.endswith("attn.q.weight"):
+            values *= 1000
+            values[:, ::7] *= 8
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint(folder)
+    ruinous = torch.ones(checkpoint.spec.hidden_size)
+    ruinous[::7] = 1 / 8
+    monkeypatch.setattr(awq, "candidates", lambda magnitude, *_: iter([torch.ones_like(magnitude)]))
+    _, nothing = results(checkpoint, variant="lite")
+
+    def candidates(magnitude: torch.Tensor, *_: object) -> Iterator[torch.Tensor]:
+        yield torch.ones_like(magnitude)
+        if len(magnitude) == len(ruinous):
+            yield ruinous
+
+    monkeypatch.setattr(awq, "candidates", candidates)
+    _, found = results(checkpoint, variant="lite")
+    for layer in range(checkpoint.spec.num_layers):
+        for name in "kv":
+            matrix = f"layers.{layer}.attn.{name}"
+            assert found[matrix] == pytest.approx(nothing[matrix], rel=0.3)
 
 
 def test_what_is_kept_is_folded_all_the_same(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -181,3 +214,53 @@ def test_loses_no_more_than_modelopt() -> None:
     assert loss(theirs) == pytest.approx(float((quantized - inputs @ weight.T).square().sum()), rel=1e-3)
     assert min(map(loss, tried)) <= loss(theirs) * (1 + 1e-6)
     assert min(map(loss, tried)) < 0.9 * loss(torch.ones(256))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("variant", ["awq_lite", "awq_clip", "awq_full"])
+@torch.inference_mode()
+def test_given_its_candidates_is_modelopt(
+    variant: str, bits: Any, group_size: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One linear whose 64 inputs modelopt looks at whole: the same scale, the same clipping, the same values but for
+    ties."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 96, bias=False))
+    inputs = torch.randn(64, 256) * torch.exp(torch.randn(256))
+    weight = model[0].weight.detach().clone()
+    config = copy.deepcopy(mtq.INT4_AWQ_CFG)
+    config["algorithm"] = {"method": variant}
+    for entry in config["quant_cfg"]:
+        if entry["quantizer_name"] == "*weight_quantizer":
+            entry["cfg"] = {"num_bits": bits, "block_sizes": {-1: group_size, "type": "static"}, "axis": None}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        mtq.quantize(model, config, lambda found: found(inputs[None]))
+    quantizer = model[0].weight_quantizer
+    theirs = quantizer(model[0].weight)
+    assert (quantizer.num_bits, quantizer.block_sizes[-1]) == (bits, group_size)
+
+    form = WeightFormat(bits=bits, group_size=group_size)
+    scale = torch.ones(256)
+    if variant != "awq_clip":
+        # Its candidates are those with b = 1 - a.
+        magnitude, share = inputs.abs().mean(0), awq.shares(weight, form).mean(0)
+        powers = [magnitude.pow(a) / share.pow(1 - a) for a in torch.linspace(0, 1, 11)]
+        tried = [each / (each.amax() * each.amin()).sqrt() for each in powers]
+        scale = min(
+            tried, key=lambda s: float((inputs @ (awq.nearest(weight * s, form) / s - weight).T).square().sum())
+        )
+        torch.testing.assert_close(scale, 1 / model[0].input_quantizer.pre_quant_scale.flatten(), rtol=1e-4, atol=0)
+        scale = 1 / model[0].input_quantizer.pre_quant_scale.flatten()
+    clip = variant != "awq_lite"
+    packed = awq.rounded(weight * scale, inputs / scale, form, clip=clip)
+    ours = values_of(packed, form, 256)
+    steps = ((ours - theirs).abs() / torch.from_numpy(packed.scale).repeat_interleave(group_size, 1)).flatten()
+    # A group whose two best ranges lose the same to the last bit may take either.
+    assert (steps > 1e-3).sum() <= 0.005 * len(steps)
+    assert len(steps) == 96 * 256
+    assert ((ours - weight * scale).abs() > 1e-6).float().mean() > 0.5

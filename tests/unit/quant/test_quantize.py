@@ -18,7 +18,8 @@ from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.model import load
 from llmc.quant import algorithm, pack
-from llmc.quant.quantize import Calibration, quantize
+from llmc.quant.corpus import Calibration
+from llmc.quant.quantize import quantize
 from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
 from llmc.tokenizer import Tokenizer
 

@@ -283,7 +283,7 @@ TINY: dict[str, Case] = {
     "chatglm-6b": Case("chatglm", base=CHATGLM_6B_BASE),
     "chatglm-6b-deep": Case("chatglm", {"num_layers": 3, "num_attention_heads": 2}, base=CHATGLM_6B_BASE),
     "qwen1": Case("qwen", base=QWEN_BASE),
-    "qwen1-head-dim": Case("qwen", {"kv_channels": 32, "rotary_emb_base": 500.0}, base=QWEN_BASE),
+    "qwen1-deep": Case("qwen", {"num_hidden_layers": 3, "rotary_emb_base": 500.0}, base=QWEN_BASE),
     "gemma3": Case(
         "gemma3_text",
         {

@@ -30,7 +30,7 @@ from llmc.tensors import read_tensor
 
 Folder = Callable[[str], Path]
 LIKE_LLAMA = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen2.5-tied", "mixtral")
-OTHERS = ("baichuan-13b", "qwen1", "qwen1-head-dim", "chatglm3", "bloom", "bloom-6-heads", "gpt2", "opt", "opt-350m")
+OTHERS = ("baichuan-13b", "qwen1", "qwen1-deep", "chatglm3", "bloom", "bloom-6-heads", "gpt2", "opt", "opt-350m")
 CASES = (*LIKE_LLAMA, "qwen2-moe-all", *OTHERS)
 
 TURNED = "transpose"

@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has an unreadable safetensors header: {error!r}") from None
+        raise CheckpointError(f"{path} has an unreadable safetensors header: {error}") from None
     for name, info in found.items():
         if info.offset + info.nbytes > size:
             raise CheckpointError(f"{path} is cut short: '{name}' ends past the file's {size} bytes")

@@ -406,7 +406,9 @@ class ChatGLM(Oracle):
         self.transformer.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.transformer.layers = nn.ModuleList(GLMBlock(c) for _ in range(c.num_layers))
         self.transformer.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layernorm_epsilon)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        c.tied = config.get("tie_word_embeddings", False)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return torch.stack([self._row(row) for row in tokens])
@@ -423,8 +425,8 @@ class ChatGLM(Oracle):
         x = self.transformer.word_embeddings(row)
         for layer in self.transformer.layers:
             x = layer(x, seen, first, second)
-        out: Tensor = self.lm_head(self.transformer.final_layernorm(x))
-        return out
+        head = self.transformer.word_embeddings if c.tied else self.lm_head
+        return functional.linear(self.transformer.final_layernorm(x), head.weight)
 
 
 def chatglm(config: dict[str, Any]) -> Oracle:

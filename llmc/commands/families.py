@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import TYPE_CHECKING
 
 import click
@@ -63,4 +64,4 @@ def _kinds(family: Overview) -> tuple[str, ...]:
 
 
 def _short(classes: Iterable[str]) -> str:
-    return ", ".join(name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for name in classes) or "-"
+    return ", ".join(re.sub("(For[A-Z]|LMHead).*", "", name) for name in classes) or "-"

@@ -32,7 +32,7 @@ CLASSES = {
     "baichuan-7b": "LlamaForCausalLM",
 }
 MARKS = (tiny.CHATGLM_6B_BASE["gmask_token_id"], tiny.CHATGLM_6B_BASE["mask_token_id"])
-NONE = ("baichuan-13b", "baichuan2-7b", "baichuan2-13b", "chatglm-6b", "chatglm-6b-deep")
+NONE = ("baichuan-13b", "baichuan2-7b", "baichuan2-13b", "chatglm-6b", "chatglm-6b-deep", "chatglm-6b-tied")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(name: str | None, as_json: bool) -> None:
-    """Print the model families that llmc converts, with what each supports; or one of them, by NAME, with its classes.
+    """Print the model families that llmc converts, with what each supports; or one, by NAME, with its classes.
 
     All are quantized, built and served alike, and all are exported under their authors' own names (original). The
     columns hf, paddle and gguf are the other formats of `llmc export`: for which model of transformers (Llmc is llmc's
-    own, which `import llmc.modeling` adds to it), for which of PaddleNLP, and as which architecture of llama.cpp. Of one
-    family also the formats in which its quantized checkpoints are exported.
+    own, which `import llmc.modeling` adds to it), for which of PaddleNLP, and as which architecture of llama.cpp. Of
+    one family also the formats in which its quantized checkpoints are exported.
     """
     from llmc.converters.overview import of, overview
 

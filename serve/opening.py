@@ -32,6 +32,7 @@ class Settings(Strict):
     max_queue: int = MAX_QUEUE
     max_queued_tokens: int | None = None
     max_body: int = 4
+    request_timeout: float | None = None
     allow_origin: tuple[str, ...] = ()
     deterministic: bool = False
     speculate: str | None = None
@@ -116,6 +117,7 @@ def open_service(folder: Path, settings: Settings, adapters: Sequence[Adapter] =
         api_keys=keys,
         allow_origins=settings.allow_origin,
         max_body=settings.max_body << 20,
+        request_timeout=settings.request_timeout or float("inf"),
         strict=settings.strict,
         pad=score.pad if score else None,
         pooling=settings.pooling,

@@ -49,6 +49,10 @@ class Address:
     host: str
     port: int
 
+    def url(self, port: int) -> str:
+        """With the port that was taken."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
+
     def check(self) -> None:
         """Raise UserError when it cannot be listened on."""
         try:
@@ -99,9 +103,8 @@ class _Application(BaseApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         """See gunicorn."""
-        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
         settings: dict[str, Any] = {
-            "bind": f"{host}:{self.address.port}",
+            "bind": self.address.url(self.address.port).removeprefix("http://"),
             "workers": 1,
             "worker_class": Worker,
             "worker_connections": 10_000,
@@ -166,9 +169,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().load_wsgi()
         budget = self.engine.budget
         self.tpool = ThreadPoolExecutor(budget.max_sequences + budget.max_queue + SPARE_THREADS)
-        name = self.sockets[0].getsockname()
-        host = self.app.address.host
-        self.app.announce(self.app.service, f"http://{f'[{host}]' if ':' in host else host}:{name[1]}")
+        self.app.announce(self.app.service, self.app.address.url(self.sockets[0].getsockname()[1]))
 
     @property
     def engine(self) -> Engine:

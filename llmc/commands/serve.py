@@ -30,19 +30,22 @@ if TYPE_CHECKING:
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Let scripts of these web pages in (CORS).")
 @click.option("--speculate", metavar="ngram[:K]|draft=ENGINE", help="Draft tokens that are checked in one step.")
 @click.option("--deterministic", is_flag=True, help="The same tokens whatever else runs; checked at the start.")
+@click.option("--request-timeout", type=click.FloatRange(0, min_open=True), help="Seconds that a request may take.")
 @click.option("--strict", is_flag=True, help="Refuse unknown fields; else ignored, with a Warning header.")
 @click.option("--lora", multiple=True, metavar="NAME=FOLDER", help="Serve a PEFT adapter beside it; repeatable.")
 @click.option("--pooling", type=click.Choice(["mean", "last"]), default="last", show_default=True, help="Embeddings.")
 @click.option("--drain-timeout", default=60, show_default=True, type=click.IntRange(0), help="Seconds after SIGTERM.")
-def command(engine: Path, host: str, port: int, drain_timeout: int, **options: Any) -> None:
+@click.option("--dev", is_flag=True, help="One process of waitress's that ends at once, in place of gunicorn's two.")
+def command(engine: Path, host: str, port: int, drain_timeout: int, dev: bool, **options: Any) -> None:
     """Serve the engine in the folder ENGINE: OpenAI's API, /health, /ready, /metrics, and PaddleNLP's /api/chat."""
-    for module in ("flask", "gunicorn", "prometheus_client"):
+    for module in ("flask", "waitress" if dev else "gunicorn", "prometheus_client"):
         need.need(module)
     from llmc import manifest
+    from llmc.config import parse
     from llmc.serve.opening import Settings, api_keys
     from llmc.serve.server import Address, serve
 
-    settings = Settings(**options)
+    settings = parse(Settings, options, where="llmc serve")
     manifest.read(engine, "engine")
     api_keys(settings)
     folders = settings.adapters
@@ -64,4 +67,9 @@ def command(engine: Path, host: str, port: int, drain_timeout: int, **options: A
 
         click.echo(welcome(service, url))
 
-    serve(Address(host, port), load, announce, drain_timeout=drain_timeout)
+    if dev:
+        from llmc.serve.dev import serve as serve_here
+
+        serve_here(Address(host, port), load, announce)
+    else:
+        serve(Address(host, port), load, announce, drain_timeout=drain_timeout)

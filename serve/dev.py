@@ -15,9 +15,9 @@ from typing import Any
 
 import waitress
 
+from llmc.serve.address import Address, threads
 from llmc.serve.app import create_app
 from llmc.serve.routes.transport import SEND_BUFFER
-from llmc.serve.server import SPARE_THREADS, Address
 from llmc.serve.service import Service
 
 
@@ -33,12 +33,11 @@ def serve(address: Address, load: Callable[[], Service], announce: Callable[[Ser
     """
     address.check()
     service = load()
-    budget = service.engine.budget
     server: Any = waitress.create_server(
         create_app(service),
         host=address.host,
         port=address.port,
-        threads=budget.max_sequences + budget.max_queue + SPARE_THREADS,
+        threads=threads(service.engine.budget),
         # Else it looks at the socket of a running request for nothing but room to write.
         channel_request_lookahead=1,
         outbuf_high_watermark=SEND_BUFFER,

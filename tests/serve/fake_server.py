@@ -19,9 +19,10 @@ import fake  # noqa: E402
 
 from llmc import log  # noqa: E402
 from llmc.errors import EngineError  # noqa: E402
+from llmc.serve.address import Address  # noqa: E402
 from llmc.serve.dev import serve as serve_here  # noqa: E402
 from llmc.serve.engine import Engine  # noqa: E402
-from llmc.serve.server import Address, serve  # noqa: E402
+from llmc.serve.server import serve  # noqa: E402
 from llmc.serve.service import Service  # noqa: E402
 
 

@@ -24,13 +24,26 @@ class Address:
 
     def check(self) -> None:
         """Raise UserError when it cannot be listened on."""
+        self.bind().close()
+
+    def bind(self) -> socket.socket:
+        """A socket there, of the first family that the host has.
+
+        Raises:
+            UserError: It cannot be listened on.
+        """
         try:
             family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((self.host, self.port))
+            bound = socket.socket(family)
+            try:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                bound.bind((self.host, self.port))
+            except BaseException:
+                bound.close()
+                raise
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot listen on {self.host}:{self.port}: {error}; choose another with --port") from None
+        return bound
 
 
 def threads(budget: Budget) -> int:

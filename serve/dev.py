@@ -31,12 +31,11 @@ def serve(address: Address, load: Callable[[], Service], announce: Callable[[Ser
     Raises:
         UserError: Nothing can listen at `address`.
     """
-    address.check()
+    bound = address.bind()
     service = load()
     server: Any = waitress.create_server(
         create_app(service),
-        host=address.host,
-        port=address.port,
+        sockets=[bound],
         threads=threads(service.engine.budget),
         # Else it looks at the socket of a running request for nothing but room to write.
         channel_request_lookahead=1,
@@ -56,7 +55,7 @@ def serve(address: Address, load: Callable[[], Service], announce: Callable[[Ser
     service.engine.start()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
-    announce(service, address.url(server.socket.getsockname()[1]))
+    announce(service, address.url(bound.getsockname()[1]))
     try:
         server.run()
     finally:

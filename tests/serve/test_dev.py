@@ -93,7 +93,8 @@ def test_it_ends_orderly_with_a_stream_running(start: Start, number: signal.Sign
 
 def test_the_command(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     ort.build(tiny_checkpoint("llama"), tmp_path / "engine", max_length=64)
-    command = [sys.executable, "-m", "llmc.cli", "serve", str(tmp_path / "engine"), "--dev", "--port", "0"]
+    command = [sys.executable, "-m", "llmc.cli", "serve", str(tmp_path / "engine"), "--dev", "--host", "localhost"]
+    command += ["--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -107,6 +107,29 @@ def test_from_transformers_to_the_server_and_back(name: str, tmp_path: Path) -> 
     np.testing.assert_allclose(online, offline, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"speculate": "ngram"}], ids=str)
+def test_scores_with_the_options_of_texts(options: Any, tmp_path: Path) -> None:
+    """Blocks and drafts change no score, however many are asked for at a time and whatever is in the cache."""
+    name = next(iter(CASES))
+    model = save(name, CASES[name], tmp_path / "hf")
+    hf.convert(tmp_path / "hf", tmp_path / "checkpoint")
+    builder.build(tmp_path / "checkpoint", tmp_path / "engine", max_length=64)
+    settings = Settings(name="judge", threads=1, max_sequences=3, **options)
+    service = open_service(tmp_path / "engine", settings)
+    service.engine.start()
+    try:
+        client = create_app(service).test_client()
+        alone = [client.post("/v1/score", json={"input": [ids]}).get_json()["data"][0]["score"] for ids in PROMPTS]
+        for _ in range(2):
+            answer = client.post("/v1/score", json={"input": PROMPTS}).get_json()["data"]
+            together = [each["score"] for each in answer]
+            np.testing.assert_allclose(together, alone, atol=0 if "deterministic" in options else 1e-5, rtol=0)
+    finally:
+        service.engine.close()
+    wanted = np.array([theirs(model, ids) for ids in PROMPTS])
+    np.testing.assert_allclose(np.array(alone).reshape(wanted.shape), wanted, atol=1e-4)
+
+
 def test_a_config_that_is_written_reads_back(tmp_path: Path) -> None:
     """Also without the authors' config, and for transformers."""
     from transformers import AutoModelForSequenceClassification

@@ -162,6 +162,7 @@ def test_a_function_is_called_and_its_result_is_used(client: Any, choice: Any) -
         "messages": [{"role": "user", "content": "What is the weather in Paris, in celsius?"}],
         "tools": [WEATHER],
         "tool_choice": choice,
+        "parallel_tool_calls": False,
         "temperature": 0,
         "max_tokens": 100,
     }
@@ -201,8 +202,9 @@ def test_an_answer_of_a_schema(client: Any) -> None:
     assert answer.finish_reason == "stop"
     found = json.loads(answer.message.content)
     assert found.keys() == {"language", "year", "typing"}
-    assert found["language"] == "Python"
-    assert found["typing"] == "dynamic"
+    assert isinstance(found["year"], int)
+    assert found["language"] in ("Python", "C", "Rust")
+    assert found["typing"] in ("static", "dynamic")
 
 
 def test_sixteen_clients_at_once(client: Any) -> None:

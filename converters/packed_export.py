@@ -32,6 +32,7 @@ from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo
 
 _OUTSIDE = "a quantized embedding or head"
+_NOT_ITS_KIND = {True: "weights alone", False: "rounded inputs and float8"}  # of a layout that is `rounded`, or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,14 @@ def export(
     layout, items = max(planned, key=lambda plan: sum(item.linear is not None for item in plan[1]))
     linears = {item.module: item.linear for item in items if item.linear}
     if not linears:
-        reasons = dict.fromkeys(item.reason for item in items if item.reason and item.reason != _OUTSIDE)
-        reasons = reasons or {"linears outside the layers": None}
+        met = dict.fromkeys(
+            item.reason for _, tried in planned for item in tried if item.reason not in (None, _OUTSIDE)
+        )
+        # What a layout that is meant for such a checkpoint says, if there is one.
+        reasons = [reason for reason in met if reason not in _NOT_ITS_KIND.values()] or list(met)[:1]
+        reasons = reasons or ["linears outside the layers"]
         raise UserError(
-            f"the format {layout.name} holds no linear of {folder}: it has no place for {'; '.join(reasons)}"
+            f"the format {layout.name} holds no linear of {folder}: it has no place for {'; '.join(map(str, reasons))}"
         )
     dtype = found.infos["layers.0.attn_norm.weight"].dtype
     notes = _notes(layout, items, found, dtype)
@@ -132,15 +137,16 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
         return _Item(bound, reason="linears in one whose formats differ")
     module = bound.ours[0].removesuffix(".weight")
     inputs = recipe.inputs_of(module)
-    if recipe.is_multiplied(module):
+    if recipe.is_multiplied(module) and layout.multiply is None:
         return _Item(bound, reason="inputs that are multiplied before they are rounded")
     if layout.rounded != (form.kind == "fp8" or inputs is not None):
-        return _Item(bound, reason="weights alone" if layout.rounded else "rounded inputs and float8")
+        return _Item(bound, reason=_NOT_ITS_KIND[layout.rounded])
     if form.per_tensor and len(bound.ours) > 1:
         return _Item(bound, reason="linears in one with a scale each")
     grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
     rows, columns = sum(shape[0] for shape in bound.shapes), bound.shapes[0][1]
-    linear = Linear(rows, columns, grid, turned=bound.rule.op.rows is not None)
+    turned, multiplied = bound.rule.op.rows is not None, recipe.is_multiplied(module)
+    linear = Linear(rows, columns, grid, turned, multiplied)
     reason = layout.lacks(linear)
     return _Item(bound, reason=reason) if reason else _Item(bound, linear)
 
@@ -215,10 +221,10 @@ def _matrix(found: Checkpoint, item: _Item, linear: Linear) -> Matrix:
     scale = [found[f"{module}.scale"] for module in modules]
     whole = join([part[:, : linear.in_features] for part in codes], found.spec)
     if linear.grid.symmetric:
-        # Linears in one read the same input: one scale (llmc/quant/inputs.py).
-        is_static = linear.grid.inputs is not None and not linear.grid.inputs.dynamic
-        input_scale = found[f"{modules[0]}.input_scale"] if is_static else None
-        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale)
+        # Linears in one read the same input, and treat it alike (llmc/quant/inputs.py).
+        of_input = [f"{modules[0]}.{kind}" for kind in ("input_scale", "input_multiply")]
+        input_scale, multiply = (found[name] if name in found.infos else None for name in of_input)
+        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply)
     zero = [pack.unpack_codes(found[f"{module}.zero"], bits, linear.groups) for module in modules]
     return Matrix(whole, join(scale, found.spec), join(zero, found.spec))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from llmc.converters.layouts import Grid, Layout, Linear, Matrix
 from llmc.converters.rules import Bound, Tensors, through
 from llmc.errors import ArtifactError, CheckpointError, UnsupportedModelError
 from llmc.quant.pack import Bytes, Packed, pack_codes
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.recipe import FP8, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo, read_tensor
 
@@ -136,7 +137,7 @@ def to_canonical(
     checkpoint.check(expected, {name: info.shape for name, info in left.items()}, where=where)
     stored = cast.on_disk(left, dtype)
     sources = _with_symmetry(packing.layout, sources)
-    recipe = _recipe(packing, sources, spec)
+    recipe = _recipe(packing, sources, spec, where)
     return recipe, _tensors(packing.layout, sources, plain, stored, recipe, spec)
 
 
@@ -149,7 +150,8 @@ def _open(packing: Packing, item: Bound, infos: Mapping[str, TensorInfo], where:
     if not all(names.is_matrix(name, shape) for name, shape in zip(item.ours, item.shapes, strict=True)):
         raise UnsupportedModelError(f"{where}: '{module}' is packed, and llmc keeps such a tensor in full")
     rows, columns = sum(shape[0] for shape in item.shapes), item.shapes[0][1]
-    linear = Linear(rows, columns, packing.grid(module), turned=item.rule.op.rows is not None)
+    multiplied = f"{module}.{layout.multiply}" in infos
+    linear = Linear(rows, columns, packing.grid(module), item.rule.op.rows is not None, multiplied)
     plan = layout.plan(linear)
     found = {suffix: infos[f"{module}.{suffix}"] for suffix in plan if f"{module}.{suffix}" in infos}
     for suffix, info in plan.items():
@@ -157,12 +159,27 @@ def _open(packing: Packing, item: Bound, infos: Mapping[str, TensorInfo], where:
         if suffix not in found and suffix not in layout.optional:
             raise CheckpointError(f"{where}: the tensor '{name}' {list(info.shape)} is missing")
         met = found.get(suffix, info)
-        if met.shape != info.shape:
+        if met.shape != info.shape and not math.prod(met.shape) == math.prod(info.shape) == 1:
             raise CheckpointError(f"{where}: '{name}' has shape {list(met.shape)}, expected {list(info.shape)}")
-        if met.dtype != info.dtype and not (suffix == layout.scale and met.dtype in cast.FLOATS.values()):
+        if met.dtype != info.dtype and not {met.dtype, info.dtype} <= set(cast.FLOATS.values()):
             raise CheckpointError(f"{where}: '{name}' is {met.dtype}, expected {info.dtype}")
-    form = WeightFormat(bits=linear.grid.bits, group_size=_size(linear, module, where), symmetric=False)  # type: ignore[arg-type]
-    return _Source(item, linear, {f"{module}.{suffix}": info for suffix, info in found.items()}, form)
+    if linear.grid.inputs and not item.ours[0].startswith("layers."):
+        raise UnsupportedModelError(
+            f"{where}: the inputs of '{module}' are rounded, and llmc rounds those of layers alone"
+        )
+    return _Source(
+        item, linear, {f"{module}.{suffix}": info for suffix, info in found.items()}, _form(linear, module, where)
+    )
+
+
+def _form(linear: Linear, module: str, where: object) -> WeightFormat:
+    """Its format; whether it is symmetric is seen when it is read."""
+    grid = linear.grid
+    if grid.kind == "fp8":
+        return WeightFormat(kind="fp8", bits=8, group_size=0, per_tensor=grid.per_tensor)
+    if grid.inputs and grid.group_size is None:
+        return WeightFormat(bits=8, group_size=0)
+    return WeightFormat(bits=grid.bits, group_size=_size(linear, module, where), symmetric=False)  # type: ignore[arg-type]
 
 
 def _size(linear: Linear, module: str, where: object) -> int:
@@ -211,22 +228,28 @@ def _zero_points(layout: Layout, source: _Source) -> Bytes | None:
     return unpack(read_tensor(info), source.linear) if info else None
 
 
-def _recipe(packing: Packing, sources: Iterable[_Source], spec: ModelSpec) -> QuantRecipe:
+def _recipe(packing: Packing, sources: Sequence[_Source], spec: ModelSpec, where: object) -> QuantRecipe:
     """What was done to the model, as a recipe; who chose the codes is not known."""
     packed = {module: source.form for source in sources for module in source.modules}
     forms = {module: packed.get(module) for module in names.matrices(spec)}
     (main, _), *_ = Counter(packed.values()).most_common()
     others = dict.fromkeys(form for form in packed.values() if form != main)
+    inputs = {source.linear.grid.inputs for source in sources}
+    if len(inputs) > 1:
+        raise UnsupportedModelError(f"{where}: inputs of linears are rounded in several ways: a recipe has one")
+    multiplied = {module for source in sources for module in source.modules if source.linear.multiplied}
     return QuantRecipe(
         algorithm="imported",
         weights=main,
+        activations=next(iter(inputs)),
+        multiplied=_globs({module: module in multiplied for module in forms}, True) if multiplied else (),
         keep=_globs(forms, None),
         overrides={glob: form for form in others for glob in _globs(forms, form)},
         options={"method": packing.method, "layout": packing.layout.name},
     )
 
 
-def _globs(forms: Mapping[str, WeightFormat | None], form: WeightFormat | None) -> tuple[str, ...]:
+def _globs(forms: Mapping[str, object], form: object) -> tuple[str, ...]:
     """Globs that fit the matrices of a form and no others: of a kind in all layers, where all of them have it."""
     left = [module for module, met in forms.items() if met == form]
     found = []
@@ -278,13 +301,19 @@ def _pieces(layout: Layout, source: _Source, spec: ModelSpec) -> Iterator[tuple[
     def split(rows: Array) -> Sequence[Array]:
         return op.split(rows, [(shape[0], rows.shape[1]) for shape in source.bound.shapes], spec)
 
-    linears = zip(source.modules, split(matrix.codes), split(matrix.scale), split(matrix.zero), strict=True)
+    by_row = np.broadcast_to(matrix.scale, matrix.zero.shape)
+    linears = zip(source.modules, split(matrix.codes), split(by_row), split(matrix.zero), strict=True)
     for module, codes, scale, zero in linears:
-        yield from _packed(Matrix(codes, scale, zero), source.form).pieces(module)
+        yield from _packed(replace(matrix, codes=codes, scale=scale, zero=zero), source.form).pieces(module)
 
 
 def _packed(matrix: Matrix, form: WeightFormat) -> Packed:
-    """A matrix in a form whose groups divide its own."""
+    """A matrix in a form whose groups divide its own; its scales are those of rows."""
+    if form.group_size == 0:
+        codes = matrix.codes.view(FP8) if form.kind == "fp8" else matrix.codes
+        scale = np.ascontiguousarray(matrix.scale[:1] if form.per_tensor else matrix.scale)
+        inputs = {"input_multiply": matrix.input_multiply, "input_scale": matrix.input_scale}
+        return Packed(codes, scale, inputs={kind: found for kind, found in inputs.items() if found is not None})
     columns = matrix.codes.shape[1]
     groups = form.groups(columns)
     times = -(-groups // matrix.scale.shape[1])

@@ -52,12 +52,14 @@ class Linear:
 
     Attributes:
         turned: Its family keeps linears as [in, out] (transformers' Conv1D).
+        multiplied: Its input is multiplied by a vector before it is rounded.
     """
 
     out_features: int
     in_features: int
     grid: Grid
     turned: bool = False
+    multiplied: bool = False
 
     @property
     def groups(self) -> int:
@@ -79,12 +81,14 @@ class Matrix:
         scale: float32 [out, groups], or [1, 1] per tensor.
         zero: uint8 [out, groups]; 2^(bits - 1) throughout when symmetric.
         input_scale: float32 [1], where all tokens share a scale.
+        input_multiply: float32 [in], of a linear that is multiplied.
     """
 
     codes: Bytes
     scale: Floats
     zero: Bytes
     input_scale: Floats | None = None
+    input_multiply: Floats | None = None
 
 
 # quantization_config, and the other JSON files of a folder by their names.
@@ -108,6 +112,7 @@ class Layout:
         mixes: Whether linears of one model may have different grids.
         optional: Suffixes that a file may leave out.
         rounded: It is for linears of float8, and for those whose inputs are rounded, and for no others.
+        multiply: The suffix of what an input is multiplied by, None when the layout has no place for it.
     """
 
     name: str
@@ -121,6 +126,7 @@ class Layout:
     mixes: bool = False
     optional: frozenset[str] = field(default=frozenset())
     rounded: bool = False
+    multiply: str | None = None
 
 
 def middle(linear: Linear) -> Bytes:

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from llmc.converters.layouts import FLOAT32, Config, Files, Grid, Layout, Linear, Matrix, middle
-from llmc.recipe import FP8
+from llmc.converters.layouts import FLOAT32, Config, Files, Grid, Layout, Linear, Matrix, middle, only
+from llmc.errors import UnsupportedModelError
+from llmc.recipe import FP8, ActivationFormat
 from llmc.tensors import Array, TensorInfo
 
 _METHOD = "compressed-tensors"
 _TYPES = {"int": "int", "int8": "int", "fp8": "float"}
+NAMES = ("int-quantized", "float-quantized")
 
 
 def plan(linear: Linear) -> dict[str, TensorInfo]:
@@ -47,7 +49,8 @@ def unpack(parts: Mapping[str, Array], linear: Linear) -> Matrix:
     codes = np.ascontiguousarray(parts["weight"]).view(np.uint8)
     codes = codes if linear.grid.kind == "fp8" else codes ^ np.uint8(128)
     scale = parts["weight_scale"].astype(np.float32).reshape(-1, 1)
-    return Matrix(codes, scale, middle(linear), parts.get("input_scale"))
+    inputs = parts.get("input_scale")
+    return Matrix(codes, scale, middle(linear), None if inputs is None else inputs.astype(np.float32).reshape(1))
 
 
 def lacks(linear: Linear) -> str | None:
@@ -87,3 +90,31 @@ def _inputs(grid: Grid) -> dict[str, Any] | None:
 
 
 LAYOUT = Layout("compressed-tensors-8", plan, pack, unpack, lacks, write, scale="weight_scale", rounded=True)
+
+
+def grid(group: Mapping[str, Any], where: str) -> Grid:
+    """What a group of `config_groups` says.
+
+    Raises:
+        UnsupportedModelError: Something that this layout, or a recipe, has no place for.
+    """
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    for said, place in ((weights, f"{where}.weights"), *([(inputs, f"{where}.input_activations")] if inputs else [])):
+        only(said, "num_bits", 8, None, place)
+        only(said, "symmetric", True, True, place)
+        only(said, "type", weights.get("type"), "int", place)
+    only(weights, "actorder", None, None, f"{where}.weights")
+    kind = _one_of(weights, "type", ("int", "float"), f"{where}.weights")
+    strategy = _one_of(weights, "strategy", ("channel", "tensor"), f"{where}.weights")
+    form = None
+    if inputs:
+        dynamic = bool(inputs.get("dynamic"))
+        only(inputs, "strategy", "token" if dynamic else "tensor", None, f"{where}.input_activations")
+        form = ActivationFormat(kind="int8" if kind == "int" else "fp8", dynamic=dynamic)
+    return Grid(8, None, kind="int" if kind == "int" else "fp8", per_tensor=strategy == "tensor", inputs=form)
+
+
+def _one_of(config: Mapping[str, Any], key: str, values: Sequence[str], where: str) -> str:
+    if (met := config.get(key)) not in values:
+        raise UnsupportedModelError(f"{where}: '{key}' is {met!r}: llmc reads {' and '.join(values)}")
+    return str(met)

@@ -129,16 +129,16 @@ def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[st
     only(config, "kv_cache_scheme", None, None, where)
     only(config, "quantization_status", "compressed", "compressed", where)
     schemes: dict[str, tuple[list[str], Grid]] = {}
+    rounded: set[bool] = set()
     for name, group in (config.get("config_groups") or {}).items():
         place = f"{where}: config_groups.{name}"
-        only(group, "input_activations", None, None, place)
         only(group, "output_activations", None, None, place)
-        only({"format": group.get("format") or config.get("format")}, "format", _FORMAT, None, place)
-        weights = group.get("weights") or {}
-        only(weights, "type", "int", "int", place)
-        only(weights, "actorder", None, None, place)
-        bits, symmetric = bits_of(weights, "num_bits", place), bool(weights.get("symmetric", True))
-        schemes[name] = list(group.get("targets") or []), Grid(bits, group_of(weights, place), symmetric)
+        form = group.get("format") or config.get("format")
+        rounded.add(form in compressed_rounded.NAMES)
+        found = compressed_rounded.grid(group, place) if form in compressed_rounded.NAMES else _grid(group, form, place)
+        schemes[name] = list(group.get("targets") or []), found
+    if len(rounded) > 1:
+        raise UnsupportedModelError(f"{where}: 'config_groups' has weights in groups and such of whole rows")
 
     def grid(module: str) -> Grid:
         by_name = [found for targets, found in schemes.values() if any(_is_named(module, name) for name in targets)]
@@ -147,7 +147,17 @@ def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[st
             raise UnsupportedModelError(f"{where}: no group of 'config_groups' has the target '{module}'")
         return (by_name or by_class)[0]
 
-    return LAYOUT, grid
+    return compressed_rounded.LAYOUT if True in rounded else LAYOUT, grid
+
+
+def _grid(group: Mapping[str, Any], form: object, where: str) -> Grid:
+    only({"format": form}, "format", _FORMAT, None, where)
+    only(group, "input_activations", None, None, where)
+    weights = group.get("weights") or {}
+    only(weights, "type", "int", "int", where)
+    only(weights, "actorder", None, None, where)
+    bits, symmetric = bits_of(weights, "num_bits", where), bool(weights.get("symmetric", True))
+    return Grid(bits, group_of(weights, where), symmetric)
 
 
 def _is_named(module: str, target: str) -> bool:

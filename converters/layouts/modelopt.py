@@ -5,8 +5,8 @@
     W8A16      weight  int8 [out, in]
                weight_scale  float32 [out]   one group a row
 
-One format in a model, symmetric alone. The source is modelopt 0.47's torch/export/quant_utils.py (pack_int4_in_uint8,
-to_quantized_weight) and convert_hf_config.py.
+One format in a model, symmetric alone; those that round inputs as well are in modelopt_rounded.py. The source is
+modelopt 0.47's torch/export/quant_utils.py (pack_int4_in_uint8, to_quantized_weight) and convert_hf_config.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from llmc.converters.layouts import (
     Matrix,
     group_of,
     middle,
+    modelopt_rounded,
+    only,
 )
 from llmc.errors import UnsupportedModelError
 from llmc.tensors import Array, TensorInfo
@@ -76,13 +78,16 @@ def write(linears: Mapping[str, Linear], kept: Sequence[str], outside: Sequence[
     grid = next(iter(linears.values())).grid
     # Loaders know the layout by this name, and the version says which one it is.
     producer = {"name": "modelopt", "version": "0.47.0"}
-    quantization: Config = {"quant_algo": next(name for name, bits in _ALGORITHMS.items() if bits == grid.bits)}
-    quantization["kv_cache_quant_algo"] = None
+    whole = modelopt_rounded.algorithm(grid)
+    algorithm = whole or next(name for name, bits in _ALGORITHMS.items() if bits == grid.bits)
+    quantization: Config = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
     if grid.bits == 4:
         quantization |= {"group_size": grid.group_size, "has_zero_point": False, "pre_quant_scale": False}
     quantization["exclude_modules"] = sorted([*kept, *outside])
-    # modelopt's own config.json has of these formats no more than this.
+    groups = modelopt_rounded.GROUPS.get(algorithm)
+    # modelopt's own config.json has of most of these formats no more than this.
     config: Config = {
+        **({"config_groups": {"group_0": groups}} if groups else {}),
         "ignore": quantization["exclude_modules"],
         "quant_algo": quantization["quant_algo"],
         "producer": producer,
@@ -92,6 +97,10 @@ def write(linears: Mapping[str, Linear], kept: Sequence[str], outside: Sequence[
 
 
 LAYOUT = Layout("modelopt", plan, pack, unpack, lacks, write, scale="weight_scale")
+ROUNDED = Layout(
+    "modelopt-8", modelopt_rounded.plan, modelopt_rounded.pack, modelopt_rounded.unpack, modelopt_rounded.lacks, write,
+    scale="weight_scale", rounded=True, multiply=modelopt_rounded.MULTIPLY,
+)  # fmt: skip
 
 
 def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[str], Grid]]:
@@ -101,13 +110,17 @@ def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[st
         UnsupportedModelError: The config says something that this layout has no place for.
     """
     algorithm = config.get("quant_algo")
+    only(config, "kv_cache_quant_algo", None, None, where)
+    if algorithm in modelopt_rounded.GRIDS:
+        rounded = modelopt_rounded.GRIDS[algorithm]
+        return ROUNDED, lambda _module: rounded
     if algorithm not in _ALGORITHMS:
-        known = ", ".join(_ALGORITHMS)
+        known = ", ".join((*_ALGORITHMS, *modelopt_rounded.GRIDS))
         raise UnsupportedModelError(f"{where}: 'quant_algo' is {algorithm!r}: of modelopt's llmc reads {known}")
     bits = _ALGORITHMS[algorithm]
     grid = Grid(bits, group_of(config, where) if bits == 4 else None)
     return LAYOUT, lambda _module: grid
 
 
-LAYOUTS = (LAYOUT,)
+LAYOUTS = (LAYOUT, ROUNDED)
 export = functools.partial(packed_export.export, LAYOUTS)

@@ -179,9 +179,9 @@ def refusals() -> dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], objec
         ),
         "another format": (
             "compressed-tensors",
-            lambda _, config: config["config_groups"]["group_0"].update(format="int-quantized"),
+            lambda _, config: config["config_groups"]["group_0"].update(format="marlin-24"),
             unsupported,
-            "'int-quantized'",
+            "'marlin-24'",
         ),
         "a tensor missing": ("gptq", lambda tensors, _: tensors.pop(f"{Q}.qzeros"), damaged, "q_proj.qzeros.*missing"),
         "a tensor too many": ("awq", lambda t, _: t.update({f"{Q}.g_idx": t[f"{Q}.qzeros"]}), damaged, "q_proj.g_idx"),

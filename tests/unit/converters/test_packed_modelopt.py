@@ -7,7 +7,7 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from llmc.converters.export import export
+from llmc.quant.corpus import Calibration, read
 from llmc.quant.quantize import quantize
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
+from llmc.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,13 +35,12 @@ def modelopt() -> Any:
     return modelopt.torch
 
 
-def theirs(modelopt: Any, source: Path, out: Path, config: dict[str, Any]) -> None:
-    """What Model Optimizer makes of a model by rounding to nearest."""
-    model = tiny.load(source)
+def theirs(modelopt: Any, source: Path, out: Path, config: dict[str, Any], windows: Sequence[Any] = ()) -> None:
+    """What Model Optimizer makes of a model, calibrated on windows of ids."""
+    model = tiny.load(source).float()
+    read = [torch.tensor(window)[None] for window in windows] or [torch.tensor([tiny.tokens(8)])]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        modelopt.quantization.quantize(
-            model, config, lambda found: found(torch.tensor([tiny.tokens(8)]), use_cache=False)
-        )
+        modelopt.quantization.quantize(model, config, lambda found: [found(ids, use_cache=False) for ids in read])
         modelopt.export.export_hf_checkpoint(model, export_dir=out)
 
 
@@ -80,3 +81,62 @@ def test_equals_what_modelopt_exports(
     )
     assert config_of_ours == config_of_theirs
     assert config_of_ours == modelopt.export.convert_hf_config.convert_hf_quant_config_format(ours)
+
+
+WORDS = "the quick brown fox jumps over the lazy dog and there the other user was 0123456789 {[(+-*/)]} "
+ROWS, FP8 = WeightFormat(bits=8, group_size=0), WeightFormat(kind="fp8", bits=8, group_size=0)
+MATRIX = FP8.model_copy(update={"per_tensor": True})
+
+# Its preset -> algorithm, weights, inputs
+ROUNDED = {
+    "FP8_DEFAULT_CFG": ("fp8", MATRIX, ActivationFormat(kind="fp8", dynamic=False)),
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": ("fp8", FP8, ActivationFormat(kind="fp8")),
+    "INT8_DEFAULT_CFG": ("w8a8", ROWS, ActivationFormat(dynamic=False)),
+    "INT8_SMOOTHQUANT_CFG": ("smoothquant", ROWS, ActivationFormat(dynamic=False)),
+}
+
+
+@pytest.mark.parametrize("preset", ROUNDED)
+def test_rounded_inputs_equal_what_modelopt_exports(
+    modelopt: Any, preset: str, tiny_source: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    algorithm, weights, inputs = ROUNDED[preset]
+    case, smooths = "llama-multi-head", algorithm == "smoothquant"
+    (tmp_path / "text.txt").write_text(WORDS * 30, encoding="utf-8")
+    calibration = Calibration(path=tmp_path / "text.txt", tokens=1024, window=64)
+    windows = list(read(calibration, Tokenizer.load(tiny_checkpoint(case)), 64).windows)
+    config = copy.deepcopy(getattr(modelopt.quantization, preset))
+    if smooths:
+        # From the inputs alone, so that those of linears that read the same are the same, as they are here.
+        config["algorithm"] = {"method": "smoothquant", "alpha": 1.0}
+    theirs(modelopt, tiny_source(case), tmp_path / "theirs", config, windows)
+    recipe = QuantRecipe(
+        algorithm=algorithm, weights=weights, activations=inputs, keep=("embed", "head"),
+        options={"alpha": 1.0} if smooths else {},
+    )  # fmt: skip
+    quantize(tiny_checkpoint(case), tmp_path / "quantized", recipe, calibration=None if inputs.dynamic else calibration)
+    export("modelopt", tmp_path / "quantized", tmp_path / "ours")
+
+    expected, met = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
+    # SmoothQuant's scales are in the norms and in the linears before here, and beside each linear there.
+    beside = {name for name in expected if name.endswith("pre_quant_scale")}
+    assert len(beside) == (sum(name.endswith("_proj.weight") for name in met) if smooths else 0)
+    assert expected.keys() - beside == met.keys()
+    different, total = 0, 0
+    for name in met:
+        value = expected[name]
+        assert (met[name].dtype, met[name].shape) == (value.dtype, value.shape)
+        if value.dtype in (torch.int8, torch.float8_e4m3fn):
+            codes = met[name].view(torch.int8), value.view(torch.int8)
+            different, total = different + int((codes[0] != codes[1]).sum()), total + value.numel()
+        elif not smooths or name.endswith("input_scale"):
+            torch.testing.assert_close(met[name], value, rtol=1e-4, atol=0)
+    assert total > 14 * 64 * 64
+    assert different <= 3  # ties
+
+    said, ours = (json.loads((tmp_path / side / "hf_quant_config.json").read_text()) for side in ("theirs", "ours"))
+    assert ours["quantization"] == said["quantization"]
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())[
+        "quantization_config"
+    ] == modelopt.export.convert_hf_config.convert_hf_quant_config_format(ours)

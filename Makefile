@@ -31,7 +31,7 @@ $(ORACLES): setup.cfg $(READY)
 	@touch $@
 
 test-all: $(READY) $(ORACLES)  ## The slow tests as well
-	sh scripts/browser.sh
+	sh scripts/programs.sh
 	$(TEST) -m "not real and not gpu"
 
 test-real: real-model $(READY)  ## The tests on real weights: LLMC_REAL_MODEL=/path/to/model.gguf make test-real

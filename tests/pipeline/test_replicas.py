@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,10 @@ def urls_of(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     return found
 
 
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed: sh scripts/programs.sh, as root")
 def test_replicas_behind_nginx(engine: Path) -> None:
     port = free_port()
     with example("02_replicas/replicas.py", engine, port) as process:

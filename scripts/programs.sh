@@ -2,7 +2,6 @@
 # Sees to the programs that some slow tests run: Debian's chromium and chromium-driver (the chat page) and nginx (the
 # replicas). Without root nothing is changed, and those tests skip themselves.
 set -eu
-PATH=$PATH:/usr/sbin
 
 missing=
 command -v chromium >/dev/null 2>&1 || missing="$missing chromium"

@@ -74,21 +74,25 @@ def test_root_has_it_installed(tools: Path, tmp_path: Path) -> None:
     assert f"install -y -qq python{version}-venv" in (tmp_path / "asked").read_text(encoding="utf-8")
 
 
-def test_the_browser_of_the_slow_tests_is_installed_by_root_alone(tools: Path, tmp_path: Path) -> None:
+def test_the_programs_of_the_slow_tests_are_installed_by_root_alone(tools: Path, tmp_path: Path) -> None:
     fake(tools, "apt-get", f'echo "$*" >> {tmp_path}/asked')
-    script, asked = ROOT / "scripts" / "browser.sh", tmp_path / "asked"
+    script, asked = ROOT / "scripts" / "programs.sh", tmp_path / "asked"
     fake(tools, "id", "echo 1000")
     done = run("sh", script, cwd=tmp_path, PATH=str(tools))
     assert done.returncode == 0
-    assert "sudo apt-get install chromium chromium-driver" in done.stderr
+    assert "sudo apt-get install chromium chromium-driver nginx-light" in done.stderr
     fake(tools, "id", "echo 0")
     assert run("sh", script, cwd=tmp_path, PATH=str(tools)).returncode == 0
-    assert asked.read_text(encoding="utf-8").splitlines() == ["update -qq", "install -y -qq chromium chromium-driver"]
+    assert asked.read_text(encoding="utf-8").splitlines() == [
+        "update -qq",
+        "install -y -qq chromium chromium-driver nginx-light",
+    ]
     fake(tools, "chromium", "exit 0")
     fake(tools, "chromedriver", "exit 0")
+    fake(tools, "nginx", "exit 0")
     assert run("sh", script, cwd=tmp_path, PATH=str(tools)).stdout == ""
-    assert "sh scripts/browser.sh" in run("make", "-n", "-C", ROOT, "test-all", cwd=tmp_path).stdout
-    assert "browser" not in run("make", "-n", "-C", ROOT, "test", cwd=tmp_path).stdout
+    assert "sh scripts/programs.sh" in run("make", "-n", "-C", ROOT, "test-all", cwd=tmp_path).stdout
+    assert "programs" not in run("make", "-n", "-C", ROOT, "test", cwd=tmp_path).stdout
 
 
 def test_a_python_that_is_not_there_or_too_old_is_said(tools: Path, tmp_path: Path) -> None:

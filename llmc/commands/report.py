@@ -164,7 +164,7 @@ def _formats(figures: Any) -> str:
     for name in figures.errors:
         form, inputs = figures.recipe.format_of(name), figures.recipe.inputs_of(name)
         text = "in fp8" if form.kind == "fp8" else f"in {form.bits} bits"
-        text += f", groups of {form.group_size}" if form.group_size else ", rows"
+        text += f", groups of {form.group_size}" if form.group_size else ", one scale" if form.per_tensor else ", rows"
         text += ("" if form.symmetric else " with zero points") + (", inputs rounded" if inputs else "")
         counts[text] = counts.get(text, 0) + 1
     return ", ".join(f"{count} {text}" for text, count in counts.items())

@@ -1,4 +1,5 @@
-"""Prints how far the reference decoder and the fp32 engine are from the independent implementation, for every family.
+"""Prints how far the reference decoder and the fp32 engine are from the independent implementation, for every model and
+the worst of every family.
 
     python bench/parity.py [--json FILE] [NAME ...]
 
@@ -43,6 +44,7 @@ import tiny
 LENGTH, SHORT, DECODED = 96, 32, 32
 FIXED_BY_CONTEXT = ("dynamic", "longrope")
 WAYS = ("whole", "chunked", "decode")
+COLUMNS = [f"{what} {way}" for what in ("decoder", "engine") for way in WAYS]
 Array = np.ndarray[Any, Any]
 
 
@@ -58,7 +60,9 @@ def main() -> None:
             rows.append({"family": tiny.TINY[name].model_type, "case": name, **figures})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    Console().print(drawn(rows))
+    console = Console()
+    console.print(drawn(f"{len(rows)} models", rows, "case"))
+    console.print(drawn("the worst of each family", worst(rows), "family", "models"))
 
 
 def measure(name: str, work: Path) -> dict[str, float]:
@@ -109,13 +113,25 @@ def by_engine(runner: Runner, tokens: Array, parts: list[tuple[int, int]]) -> Ar
     return np.concatenate(found)
 
 
-def drawn(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{len(rows)} models", title_justify="left", box=None)
-    columns = [f"{what} {way}" for what in ("decoder", "engine") for way in WAYS]
-    for column in ("family", "case", *columns):
-        table.add_column(column, justify="left" if column in ("family", "case") else "right")
+def worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each family's models the largest figures: the table of docs/families.md."""
+    found = []
+    for family in sorted({row["family"] for row in rows}):
+        models = [row for row in rows if row["family"] == family]
+        figures = {column: max(row[column] for row in models) for column in COLUMNS}
+        found.append({"family": family, "models": len(models), **figures})
+    return found
+
+
+def drawn(title: str, rows: list[dict[str, Any]], *named: str) -> Table:
+    """`named`: the columns before the figures."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in named:
+        table.add_column(column, no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(row["family"], row["case"], *(f"{row[column]:.1e}" for column in columns))
+        table.add_row(*(str(row[name]) for name in named), *(f"{row[column]:.1e}" for column in COLUMNS))
     return table
 
 

@@ -19,8 +19,8 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Make a canonical checkpoint of a Hugging Face folder, a training run's, a PEFT adapter, a ZeRO checkpoint or a
-    GGUF file.
+    """Make a canonical checkpoint of a Hugging Face or PaddleNLP folder, a training run's, a PEFT adapter, a ZeRO
+    checkpoint or a GGUF file.
 
     Args:
         base: What an adapter was trained on; for nothing else.

@@ -41,17 +41,27 @@ def copy(source: Path, target: Path, config: Mapping[str, Any]) -> None:
         config: The model's config; before generation_config.json was invented it held the ids.
 
     Raises:
-        CheckpointError: An older tokenizer is damaged, or its files contradict each other.
+        CheckpointError: The tokenizer is damaged, or an older one's files contradict each other.
         UnsupportedModelError: An older tokenizer is of a kind that llmc does not know, or gives other ids.
     """
     copied = checkpoint.copy_tokenizer(source, target)
-    if "tokenizer.json" not in copied:
+    if "tokenizer.json" in copied:
+        _check(source / "tokenizer.json")
+    else:
         _make(source, target, config)
     ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
     if GENERATION not in copied and ids:
         _write(target / GENERATION, ids)
     if TEMPLATE not in copied and (target / "tokenizer.json").is_file():
         _add_template(target, config)
+
+
+def _check(path: Path) -> None:
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:
+        # The package raises plain Exception for whatever is wrong in the file.
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
 
 
 def _make(source: Path, target: Path, config: Mapping[str, Any]) -> None:

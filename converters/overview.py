@@ -39,10 +39,16 @@ class Overview:
 
 def overview() -> list[Overview]:
     """Every family, by name."""
-    return [_of(family) for _, family in sorted(families.load_all().items())]
+    return [of(name) for name in sorted(families.load_all())]
 
 
-def _of(family: Family) -> Overview:
+def of(name: str) -> Overview:
+    """One family.
+
+    Raises:
+        UnsupportedModelError: There is none of this name.
+    """
+    family = families.by_name(name)
     ours = {part for rule in family.rules for part in rule.parts}
     try:
         gguf = gguf_settings.architecture_for(family.name)

@@ -311,9 +311,9 @@ def _packed(matrix: Matrix, form: WeightFormat) -> Packed:
     """A matrix in a form whose groups divide its own; its scales are those of rows."""
     if form.group_size == 0:
         codes = matrix.codes.view(FP8) if form.kind == "fp8" else matrix.codes
-        scale = np.ascontiguousarray(matrix.scale[:1] if form.per_tensor else matrix.scale)
+        of_rows = np.ascontiguousarray(matrix.scale[:1] if form.per_tensor else matrix.scale)
         inputs = {"input_multiply": matrix.input_multiply, "input_scale": matrix.input_scale}
-        return Packed(codes, scale, inputs={kind: found for kind, found in inputs.items() if found is not None})
+        return Packed(codes, of_rows, inputs={kind: found for kind, found in inputs.items() if found is not None})
     columns = matrix.codes.shape[1]
     groups = form.groups(columns)
     times = -(-groups // matrix.scale.shape[1])

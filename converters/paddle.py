@@ -259,7 +259,7 @@ def _write_config(found: Checkpoint) -> tuple[Layout, dict[str, Any]]:
             continue
         generation = json_file.read(found.folder / hf.GENERATION, required=False)
         config |= {VERSION: None, "dtype": str(found.infos["embed.weight"].dtype)}
-        return LAYOUTS[name], config | {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS}
+        return LAYOUTS[name], {key: generation.get(key) for key in hf_tokenizer.TOKEN_IDS} | config
     raise reasons[0]
 
 
@@ -289,5 +289,8 @@ def _config_of(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     if isinstance(scaling, LinearScaling):
         config |= {"rope_scaling_type": "linear", "rope_scaling_factor": scaling.factor}
     words = {ours: theirs for theirs, ours in layout.words.items()}
-    said = {words.get(key, key): value for key, value in config.items()} | layout.said
+    said = {words.get(key, key): value for key, value in config.items()}
+    for key, value in layout.said.items():
+        if said.setdefault(key, value) != value:
+            raise UnsupportedModelError(f"PaddleNLP's {family.name} has '{key}' {value!r} alone, not {said[key]!r}")
     return said | {"architectures": [layout.architectures[0]], "model_type": layout.model_type}

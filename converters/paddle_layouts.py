@@ -16,6 +16,7 @@ from llmc.converters.classic_decoder import weight_and_bias
 from llmc.converters.families import (
     baichuan,
     bloom,
+    chatglm,
     chatglm2,
     gpt2,
     llama,
@@ -41,7 +42,7 @@ class Layout:
         rules: All tensors by their names there, every linear as [out, in].
         words: Settings that have another name there: theirs -> the authors'. One under its own name is said there
             where others mean something else by it.
-        said: Settings of PaddleNLP's own that have this value in every model of this family.
+        said: Settings of PaddleNLP's config that have this value in every model of this family.
         fixed: The authors' settings that PaddleNLP has no word for: the value that its models compute with.
         harmless: Settings that change nothing in this family.
         dropped: Globs over its names of tensors that carry nothing.
@@ -125,6 +126,22 @@ LAYOUTS: dict[str, Layout] = {
             renamed(qwen.RULES, "transformer.", "qwen."),
             words={"seq_length": "seq_length"},
             fixed={"tie_word_embeddings": False},
+        ),
+        Layout(  # it scales the residual by the layers that there are, and the authors always by 28
+            chatglm.FAMILY,
+            ("ChatGLMForConditionalGeneration",),
+            renamed(chatglm.RULES, "transformer.", "chatglm.transformer."),
+            words={"num_hidden_layers": "num_layers"},
+            said={
+                "activation": "gelu",
+                "attention_scale": True,
+                "num_hidden_layers": 28,
+                "num_image_tokens": 0,
+                "position_encoding_2d": True,
+            },
+            fixed={"position_encoding_2d": True, "tie_word_embeddings": True},
+            harmless=frozenset({"output_predict"}),
+            dropped=("lm_head.weight", "*.rotary_embeddings.inv_freq"),
         ),
         Layout(
             chatglm2.FAMILY,

@@ -86,6 +86,7 @@ class Family:
         native: The family whose class in transformers computes most models of this one: its own (""), or another,
             where transformers has none of its own; None where it has none at all.
         sign: A setting that its configs switch on, where another family has the same architectures.
+        scored: Its class with a scoring head in transformers, where that is not called like its others.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Family:
     positions: tuple[str, ...] = ("rope",)
     native: str | None = ""
     sign: str = ""
+    scored: str = ""
 
 
 # Called as (what is being done, tensors done, tensors in all).

@@ -14,6 +14,7 @@
     └── ServingError               1    500   the running server
         ├── OverloadedError        1    429   the queue is full: come back later
         ├── DrainingError          1    503   the server is shutting down
+        ├── LateError              1    504   a request took longer than this server allows
         └── EngineError            1    500   a step of the engine failed
 
 Messages say what was met, where, and the command or setting that helps. Exit status 1 is any other failure,
@@ -106,6 +107,12 @@ class DrainingError(ServingError):
     """The server is shutting down and takes no new requests."""
 
     http_status = 503
+
+
+class LateError(ServingError):
+    """A request was not finished within the time that the server gives to each."""
+
+    http_status = 504
 
 
 class EngineError(ServingError):

@@ -14,6 +14,7 @@ from llmc.errors import MissingDependencyError
 EXTRA_OF_MODULE = {
     "accelerate": "train",
     "flask": "serve",
+    "waitress": "serve",
     "gguf": "convert",
     "gunicorn": "serve",
     "llguidance": "serve",

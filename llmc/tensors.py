@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has an unreadable safetensors header: {error!r}") from None
+        raise CheckpointError(f"{path} has an unreadable safetensors header: {error}") from None
     for name, info in found.items():
         if info.offset + info.nbytes > size:
             raise CheckpointError(f"{path} is cut short: '{name}' ends past the file's {size} bytes")
@@ -249,8 +249,10 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
     try:
         weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         shard_names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_path} is not a safetensors index: {error!r}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index_path} is not a safetensors index: it has no 'weight_map'") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index_path} is not a safetensors index: {error}") from None
     found: dict[str, TensorInfo] = {}
     for name in shard_names:
         if Path(name).name != name:

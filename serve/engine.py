@@ -77,11 +77,11 @@ class Engine:
             deterministic: The same tokens whatever else runs; the runner must have been opened for it, too. See
                 llmc/serve/invariance.py.
             speculation: Drafts tokens; taken over like the runner.
+            stuck_after: Seconds after which a step that has not come back means that the engine is stuck.
 
         Raises:
             UserError: Options that cannot be kept together.
             EngineError: This runner cannot be deterministic.
-            stuck_after: Seconds after which a step that has not come back means that the engine is stuck.
         """
         self.limits: Limits = runner.limits
         self.tokenizer = tokenizer

@@ -6,7 +6,9 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from llmc.adapter import Adapter
 from llmc.config import Strict
@@ -32,6 +34,8 @@ class Settings(Strict):
     max_queue: int = MAX_QUEUE
     max_queued_tokens: int | None = None
     max_body: int = 4
+    request_timeout: float | None = None
+    metrics_prefix: Annotated[str, Field(pattern="^[a-zA-Z_]+$")] = "llmc"
     allow_origin: tuple[str, ...] = ()
     deterministic: bool = False
     speculate: str | None = None
@@ -116,6 +120,8 @@ def open_service(folder: Path, settings: Settings, adapters: Sequence[Adapter] =
         api_keys=keys,
         allow_origins=settings.allow_origin,
         max_body=settings.max_body << 20,
+        request_timeout=settings.request_timeout or float("inf"),
+        metrics_prefix=settings.metrics_prefix,
         strict=settings.strict,
         pad=score.pad if score else None,
         pooling=settings.pooling,

@@ -5,9 +5,6 @@
 The master starts the worker again should it die. On SIGTERM the worker first drains: /ready and new requests answer
 503 while what runs is finished, up to a limit; then it ends, with status 0. SIGINT (Ctrl-C) ends at once, and so does
 a second SIGTERM.
-
-A thread is held by each stream, so there are as many as the engine takes sequences, and some for /health: a server
-whose health check waits behind its streams is killed by its supervisor when it is only busy.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Flask
@@ -29,35 +25,17 @@ from gunicorn.glogging import Logger
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
 from gunicorn.workers.gthread import ThreadWorker
 
-from llmc.errors import LlmcError, UserError
+from llmc.errors import LlmcError
 from llmc.log import logger
+from llmc.serve.address import Address, threads
 from llmc.serve.app import create_app
 from llmc.serve.engine import Engine
 from llmc.serve.service import Service
 
-SPARE_THREADS = 16
 # What gunicorn's master waits for the worker beyond the time that draining may take.
 EXIT_SECONDS = 15
 # gunicorn ends the master when a worker leaves with this.
 LOAD_FAILED = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen; port 0 takes any that is free."""
-
-    host: str
-    port: int
-
-    def check(self) -> None:
-        """Raise UserError when it cannot be listened on."""
-        try:
-            family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((self.host, self.port))
-        except (OSError, OverflowError) as error:
-            raise UserError(f"cannot listen on {self.host}:{self.port}: {error}; choose another with --port") from None
 
 
 def serve(
@@ -99,9 +77,8 @@ class _Application(BaseApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         """See gunicorn."""
-        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
         settings: dict[str, Any] = {
-            "bind": f"{host}:{self.address.port}",
+            "bind": self.address.url(self.address.port).removeprefix("http://"),
             "workers": 1,
             "worker_class": Worker,
             "worker_connections": 10_000,
@@ -164,11 +141,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def load_wsgi(self) -> None:
         """Load the application, then make as many threads as its engine takes requests."""
         super().load_wsgi()
-        budget = self.engine.budget
-        self.tpool = ThreadPoolExecutor(budget.max_sequences + budget.max_queue + SPARE_THREADS)
-        name = self.sockets[0].getsockname()
-        host = self.app.address.host
-        self.app.announce(self.app.service, f"http://{f'[{host}]' if ':' in host else host}:{name[1]}")
+        self.tpool = ThreadPoolExecutor(threads(self.engine.budget))
+        self.app.announce(self.app.service, self.app.address.url(self.sockets[0].getsockname()[1]))
 
     @property
     def engine(self) -> Engine:

@@ -30,7 +30,9 @@ class Service:
         api_keys: If given, all routes but /health, /ready and the chat page want one of them.
         allow_origins: Origins of web pages whose scripts may ask this server; none by default.
         max_body: Bytes of a request's body.
+        request_timeout: Seconds from a request's arrival to its end; what takes longer is given up.
         keep_alive: Seconds of silence in a stream after which a comment is sent.
+        metrics_prefix: Of the names of /metrics, in front of a colon.
         pad: Tokens like this at the end of a text are not scored (llmc/spec.py, Score).
         pooling: What of the states of a text's tokens is its embedding.
         strict: Refuse a body with unknown fields; else they are ignored, and named in a header of the answer.
@@ -43,7 +45,9 @@ class Service:
     api_keys: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     max_body: int = 4 << 20
+    request_timeout: float = float("inf")
     keep_alive: float = 15.0
+    metrics_prefix: str = "llmc"
     strict: bool = False
     adapters: tuple[str, ...] = ()
     pad: int | None = None

@@ -37,7 +37,7 @@ class Format:
         end: Comes after them.
         arguments: The key of a call's arguments.
         around: What the first call follows, what stands between two, and what the last is followed by, when a call is
-            enforced; `{begin}` is the token or text of that name.
+            enforced; `{begin}` and `{end}` are the token or text of that name.
     """
 
     mark: str
@@ -54,7 +54,7 @@ FORMATS = (
     # Hermes and Qwen: <tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>
     Format(
         "<tool_call>", "<tool_call>", False, " \n\r\t", "</tool_call>", "arguments",
-        ('{begin} "\\n"', '"\\n</tool_call>\\n" {begin} "\\n"', '"\\n</tool_call>"'),
+        ('{begin} "\\n"', '"\\n" {end} "\\n" {begin} "\\n"', '"\\n" {end}'),
     ),
     # Mistral: [TOOL_CALLS] [{"name": "f", "arguments": {}}, ...]
     Format("[TOOL_CALLS]", "[TOOL_CALLS]", False, " \n\r\t[,]", "", "arguments", ('{begin} "["', '", "', '"]"')),
@@ -324,10 +324,20 @@ def enforced(form: Format, tokenizer: Tokenizer, functions: Sequence[Mapping[str
             "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": not function.get("strict")},
         }
         rules.append(f"call{number}: %json {json.dumps(schema)}")
-    token = tokenizer.backend.token_to_id(form.begin)
-    begin = f"<[{token}]>" if token in tokenizer.special_ids else json.dumps(form.begin)
-    first, between, last = (part.replace("{begin}", begin) for part in form.around)
+    begin, end = _symbol(form.begin, tokenizer), _symbol(form.end, tokenizer)
+    first, between, last = (part.replace("{begin}", begin).replace("{end}", end) for part in form.around)
     call = " | ".join(f"call{number}" for number in range(len(functions)))
     more = f"({between} call){{0,{most - 1}}}" if most > 1 else ""
     text = "\n".join([f"start: {first} call {more} {last}", f"call: {call}", *rules])
     return Constraint("grammar", text, "tools")
+
+
+def _symbol(text: str, tokenizer: Tokenizer) -> str:
+    """A token or a text in a grammar. llguidance takes tokens for no text that are special, and added ones in angle
+    brackets whether special or not (Qwen's <tool_call> is not): written as text, their grammar could not be followed.
+    """
+    token = tokenizer.backend.token_to_id(text)
+    is_added = token in tokenizer.backend.get_added_tokens_decoder()
+    if token in tokenizer.special_ids or (is_added and text.startswith("<") and text.endswith(">")):
+        return f"<[{token}]>"
+    return json.dumps(text)

@@ -174,102 +174,176 @@ class Baichuan(Oracle):
         return functional.linear(self.model.norm(x), weight)
 
 
-class Renamed(Oracle):
-    """A model of transformers with its tensors under their authors' names, some of them stacked into one."""
+def rotate_neighbours(x: Tensor, base: float, divided: float = 1.0) -> Tensor:
+    """Rotary positions of x [batch, heads, length, size], neighbours forming the pairs; positions `divided` first."""
+    size, length = x.shape[-1], x.shape[-2]
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32) / divided, frequencies)
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], size // 2, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
-    def __init__(self, config: dict[str, Any], twin: Any, tensors: dict[str, list[str]]) -> None:
-        """`tensors`: authors' name -> transformers' names, top to bottom."""
-        super().__init__(config)
-        self._twin, self._tensors = [twin.eval()], tensors  # in a list: no submodule, so that its names are not ours
-        state = twin.state_dict()
-        for name, parts in tensors.items():
-            *path, last = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                if part not in dict(module.named_children()):
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(last, nn.Parameter(torch.cat([state.pop(part) for part in parts])))
-        if state:
-            raise RuntimeError(f"nobody gave {sorted(state)} an authors' name")
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        twin, own = self._twin[0], dict(self.named_parameters())
-        state = twin.state_dict()
-        for name, parts in self._tensors.items():
-            for part, values in zip(parts, own[name].split([len(state[part]) for part in parts]), strict=True):
-                state[part].copy_(values)
-        out: Tensor = twin(tokens, use_cache=False).logits
+class ChatGLM2Attention(nn.Module):
+    """The first half of each head rotates; `multi_query_group_num` groups of heads share a key and a value."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.heads, self.groups = config.num_attention_heads, config.multi_query_group_num
+        self.size = config.kv_channels
+        width = self.heads * self.size
+        fused = width + 2 * self.groups * self.size
+        self.query_key_value = nn.Linear(config.hidden_size, fused, bias=config.add_qkv_bias)
+        self.dense = nn.Linear(width, config.hidden_size, bias=False)
+        # The configs of ChatGLM2-32k and ChatGLM3-32k have the same keys, and their code does not do the same.
+        divides = "chatglm2" in config._name_or_path
+        self.rope = (10000.0, config.rope_ratio) if divides else (10000.0 * config.rope_ratio, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        counts = (self.heads, self.groups, self.groups)
+        parts = self.query_key_value(x).split([count * self.size for count in counts], dim=-1)
+        q, k, v = (
+            part.view(batch, length, count, self.size).transpose(1, 2)
+            for part, count in zip(parts, counts, strict=True)
+        )
+        half = self.size // 2
+        q, k = (torch.cat((rotate_neighbours(y[..., :half], *self.rope), y[..., half:]), dim=-1) for y in (q, k))
+        k, v = (y.repeat_interleave(self.heads // self.groups, dim=1) for y in (k, v))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.size) + causal(length)
+        out: Tensor = self.dense((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return out
 
 
-class ChatGLM2(Renamed):
-    """ChatGLM2, ChatGLM3: GLM-4 of transformers. A `rope_ratio` is ChatGLM3's, or in a "chatglm2" divides positions."""
+class ChatGLM2Mlp(nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
+        out: Tensor = self.dense_4h_to_h(gate * gate.sigmoid() * up)
+        return out
+
+
+class ChatGLM2Layer(nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = ChatGLM2Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = ChatGLM2Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attention(self.input_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class ChatGLM2(Oracle):
+    """ChatGLM2, ChatGLM3 and GLM-4-9B. A `rope_ratio` multiplies the rotary base; in a "chatglm2" divides positions."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from transformers import GlmConfig, GlmForCausalLM
+        super().__init__(config)
+        c = self.config
+        self.transformer = nn.Module()
+        self.transformer.embedding = nn.Module()
+        self.transformer.embedding.word_embeddings = nn.Embedding(c.padded_vocab_size, c.hidden_size)
+        self.transformer.encoder = nn.Module()
+        self.transformer.encoder.layers = nn.ModuleList(ChatGLM2Layer(c) for _ in range(c.num_layers))
+        self.transformer.encoder.final_layernorm = RMSNorm(c.hidden_size, c.layernorm_epsilon)
+        self.transformer.output_layer = nn.Linear(c.hidden_size, c.padded_vocab_size, bias=False)
 
-        c = SimpleNamespace(**config)
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-        if "chatglm2" in c._name_or_path:
-            rope |= {"rope_type": "linear", "factor": c.rope_ratio}
-        else:
-            rope["rope_theta"] *= c.rope_ratio
-        theirs = GlmConfig(
-            vocab_size=c.padded_vocab_size, hidden_size=c.hidden_size, intermediate_size=c.ffn_hidden_size,
-            num_hidden_layers=c.num_layers, num_attention_heads=c.num_attention_heads, head_dim=c.kv_channels,
-            num_key_value_heads=c.multi_query_group_num, attention_bias=c.add_qkv_bias, pad_token_id=c.pad_token_id,
-            rms_norm_eps=c.layernorm_epsilon, max_position_embeddings=c.seq_length, rope_parameters=rope,
-        )  # fmt: skip
-        tensors = {"transformer.embedding.word_embeddings.weight": ["model.embed_tokens.weight"]}
-        for layer in range(c.num_layers):
-            at, to = f"transformer.encoder.layers.{layer}", f"model.layers.{layer}"
-            for kind in ("weight", "bias") if c.add_qkv_bias else ("weight",):
-                tensors[f"{at}.self_attention.query_key_value.{kind}"] = [
-                    f"{to}.self_attn.{x}_proj.{kind}" for x in "qkv"
-                ]
-            tensors |= {
-                f"{at}.input_layernorm.weight": [f"{to}.input_layernorm.weight"],
-                f"{at}.self_attention.dense.weight": [f"{to}.self_attn.o_proj.weight"],
-                f"{at}.post_attention_layernorm.weight": [f"{to}.post_attention_layernorm.weight"],
-                f"{at}.mlp.dense_h_to_4h.weight": [f"{to}.mlp.gate_up_proj.weight"],
-                f"{at}.mlp.dense_4h_to_h.weight": [f"{to}.mlp.down_proj.weight"],
-            }
-        tensors["transformer.encoder.final_layernorm.weight"] = ["model.norm.weight"]
-        tensors["transformer.output_layer.weight"] = ["lm_head.weight"]
-        super().__init__(config, GlmForCausalLM(theirs), tensors)
+    def logits(self, tokens: Tensor) -> Tensor:
+        x = self.transformer.embedding.word_embeddings(tokens)
+        for layer in self.transformer.encoder.layers:
+            x = layer(x)
+        out: Tensor = self.transformer.output_layer(self.transformer.encoder.final_layernorm(x))
+        return out
 
 
-class Qwen(Renamed):
-    """Qwen 1, up to its trained length: Qwen2 of transformers."""
+class QwenAttention(nn.Module):
+    """Beyond the trained length `seq_length`, where it is switched on, the rotary base and the queries grow."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.config = config
+        width = config.kv_channels * config.num_attention_heads
+        self.c_attn = nn.Linear(config.hidden_size, 3 * width)
+        self.c_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def base(self, length: int) -> float:
+        """Dynamic NTK: its alpha is 1 up to the trained length, 3 up to twice of it, 7 up to four times..."""
+        c = self.config
+        alpha = max(2 ** math.ceil(math.log2(length / c.seq_length) + 1) - 1, 1) if c.use_dynamic_ntk else 1
+        grown: float = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
+        return grown
+
+    def log_n(self, length: int) -> Tensor:
+        """[length, 1]: the logarithm of each position to the base of the trained length, at least 1."""
+        places = torch.arange(1, length + 1, dtype=torch.float32)[:, None]
+        grown = (places.log() / math.log(self.config.seq_length)).clamp(min=1)
+        return grown if self.config.use_logn_attn else torch.ones_like(grown)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, hidden = x.shape
+        heads = self.config.num_attention_heads
+        q, k, v = (y.view(batch, length, heads, -1).transpose(1, 2) for y in self.c_attn(x).split(hidden, dim=-1))
+        q, k = (rotate_halves(y, self.base(length)) for y in (q, k))
+        scores = (q * self.log_n(length)) @ k.transpose(-1, -2) / math.sqrt(hidden // heads) + causal(length)
+        out: Tensor = self.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+class QwenMlp(nn.Module):
+    """The second matrix is the gate. `intermediate_size` counts both."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        half = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, half, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, half, bias=False)
+        self.c_proj = nn.Linear(half, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.w2(x)
+        out: Tensor = self.c_proj(self.w1(x) * (gate * gate.sigmoid()))
+        return out
+
+
+class QwenBlock(nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QwenAttention(config)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QwenMlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Qwen(Oracle):
+    """Qwen 1."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        super().__init__(config)
+        self.config = SimpleNamespace(**{"use_dynamic_ntk": True, "use_logn_attn": True} | config)
+        c = self.config
+        self.transformer = nn.Module()
+        self.transformer.wte = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.transformer.h = nn.ModuleList(QwenBlock(c) for _ in range(c.num_hidden_layers))
+        self.transformer.ln_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-        c = SimpleNamespace(**config)
-        theirs = Qwen2Config(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size // 2,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_attention_heads, rms_norm_eps=c.layer_norm_epsilon, pad_token_id=c.pad_token_id,
-            max_position_embeddings=c.seq_length, head_dim=c.kv_channels,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rotary_emb_base},
-        )  # fmt: skip
-        tensors = {"transformer.wte.weight": ["model.embed_tokens.weight"]}
-        for layer in range(c.num_hidden_layers):
-            at, to = f"transformer.h.{layer}", f"model.layers.{layer}"
-            tensors |= {
-                f"{at}.ln_1.weight": [f"{to}.input_layernorm.weight"],
-                f"{at}.attn.c_attn.weight": [f"{to}.self_attn.{x}_proj.weight" for x in "qkv"],
-                f"{at}.attn.c_attn.bias": [f"{to}.self_attn.{x}_proj.bias" for x in "qkv"],
-                f"{at}.attn.c_proj.weight": [f"{to}.self_attn.o_proj.weight"],
-                f"{at}.ln_2.weight": [f"{to}.post_attention_layernorm.weight"],
-                f"{at}.mlp.w1.weight": [f"{to}.mlp.up_proj.weight"],
-                f"{at}.mlp.w2.weight": [f"{to}.mlp.gate_proj.weight"],
-                f"{at}.mlp.c_proj.weight": [f"{to}.mlp.down_proj.weight"],
-            }
-        tensors["transformer.ln_f.weight"] = ["model.norm.weight"]
-        tensors["lm_head.weight"] = ["lm_head.weight"]
-        super().__init__(config, Qwen2ForCausalLM(theirs), tensors)
+    def logits(self, tokens: Tensor) -> Tensor:
+        x = self.transformer.wte(tokens)
+        for block in self.transformer.h:
+            x = block(x)
+        out: Tensor = self.lm_head(self.transformer.ln_f(x))
+        return out
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -332,7 +406,9 @@ class ChatGLM(Oracle):
         self.transformer.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.transformer.layers = nn.ModuleList(GLMBlock(c) for _ in range(c.num_layers))
         self.transformer.final_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layernorm_epsilon)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        c.tied = config.get("tie_word_embeddings", False)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return torch.stack([self._row(row) for row in tokens])
@@ -349,8 +425,8 @@ class ChatGLM(Oracle):
         x = self.transformer.word_embeddings(row)
         for layer in self.transformer.layers:
             x = layer(x, seen, first, second)
-        out: Tensor = self.lm_head(self.transformer.final_layernorm(x))
-        return out
+        head = self.transformer.word_embeddings if c.tied else self.lm_head
+        return functional.linear(self.transformer.final_layernorm(x), head.weight)
 
 
 def chatglm(config: dict[str, Any]) -> Oracle:

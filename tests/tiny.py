@@ -216,7 +216,8 @@ class Case:
                     parameter.copy_(0.18 * noise)
             if "gmask_token_id" in settings:
                 # Written by the model itself, the end of a prefix would be another prefix to whoever reads all again.
-                model.lm_head.weight[settings["bos_token_id"]] = 0
+                head = model.transformer.word_embeddings if model.config.tied else model.lm_head
+                head.weight[settings["bos_token_id"]] = 0
         model.generation_config.eos_token_id = [2, 0]
         return model.eval()
 
@@ -282,8 +283,20 @@ TINY: dict[str, Case] = {
     "chatglm2-32k": Case("chatglm2", {"_name_or_path": "chatglm2-6b-32k", "rope_ratio": 4.0}, base=CHATGLM_BASE),
     "chatglm-6b": Case("chatglm", base=CHATGLM_6B_BASE),
     "chatglm-6b-deep": Case("chatglm", {"num_layers": 3, "num_attention_heads": 2}, base=CHATGLM_6B_BASE),
+    # As PaddleNLP has it: its residual is the authors' at this depth alone.
+    "chatglm-6b-tied": Case(
+        "chatglm",
+        {
+            "num_layers": 28,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "inner_hidden_size": 64,
+            "tie_word_embeddings": True,
+        },
+        base=CHATGLM_6B_BASE,
+    ),
     "qwen1": Case("qwen", base=QWEN_BASE),
-    "qwen1-head-dim": Case("qwen", {"kv_channels": 32, "rotary_emb_base": 500.0}, base=QWEN_BASE),
+    "qwen1-deep": Case("qwen", {"num_hidden_layers": 3, "rotary_emb_base": 500.0}, base=QWEN_BASE),
     "gemma3": Case(
         "gemma3_text",
         {

@@ -62,7 +62,7 @@ def read_spec(config: Mapping[str, Any], where: object) -> tuple[Family, ModelSp
         key=lambda family: family.sign,
     )
     plain = {architecture: family for family in fitting for architecture in family.architectures}
-    known = plain | {_scored(name): family for name, family in plain.items()}
+    known = plain | {_scored(family, name): family for name, family in plain.items()}
     names = met if isinstance(met, list) else []
     name = next((name for name in names if name in known), None)
     if name is None and own.ARCHITECTURE not in names:
@@ -88,15 +88,17 @@ def write_config(family: Family, spec: ModelSpec) -> dict[str, Any]:
         return config
     labels = {str(label): f"LABEL_{label}" for label in range(spec.score.labels)}
     return config | {
-        "architectures": [_scored(config["architectures"][0])],
+        "architectures": [_scored(family, config["architectures"][0])],
         "id2label": labels,
         "label2id": {name: int(label) for label, name in labels.items()},
         "pad_token_id": spec.score.pad,
     }
 
 
-def _scored(architecture: str) -> str:
+def _scored(family: Family, architecture: str) -> str:
     """The class with a scoring head, of the one that predicts tokens; itself where there is none."""
+    if family.scored:
+        return family.scored
     stem = next((architecture.removesuffix(head) for head in _HEADS if architecture.endswith(head)), None)
     return architecture if stem is None else stem + _SCORED
 

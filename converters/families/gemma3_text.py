@@ -32,4 +32,6 @@ def write(spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
-FAMILY = Family("gemma3_text", ("Gemma3ForCausalLM",), read, write, RULES, llama.DROPPED)
+# Gemma3ForSequenceClassification is of the models that see pictures.
+_SCORED = "Gemma3TextForSequenceClassification"
+FAMILY = Family("gemma3_text", ("Gemma3ForCausalLM",), read, write, RULES, llama.DROPPED, scored=_SCORED)

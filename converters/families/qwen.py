@@ -38,13 +38,13 @@ _HARMLESS = HARMLESS | {
 
 
 def read(reader: Reader) -> ModelSpec:
-    for key, value in {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}.items():
-        reader.only(key, value, "as in every published Qwen")
     config: dict[str, Any] = {theirs: reader.integer(key) for key, theirs in _SIZES.items()}
+    head = config["hidden_size"] // max(config["num_attention_heads"], 1)
+    for key, value in {"kv_channels": head, "no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}.items():
+        reader.only(key, value, "as in every published Qwen")
     config["intermediate_size"] //= 2  # the authors count w1 and w2 together
-    config["rms_norm_eps"] = reader.number("layer_norm_epsilon", 1e-6)
-    config["rope_theta"] = reader.number("rotary_emb_base", 1e4)
-    config["tie_word_embeddings"] = reader.flag("tie_word_embeddings")
+    eps, theta = reader.number("layer_norm_epsilon", 1e-6), reader.number("rotary_emb_base", 1e4)
+    config |= {"rms_norm_eps": eps, "rope_theta": theta, "tie_word_embeddings": reader.flag("tie_word_embeddings")}
     reader.done(_HARMLESS)
     return read_decoder(Reader(config, reader.where), "qwen", num_kv_heads=None, max_positions=0, qkv_bias=True)
 

@@ -22,9 +22,9 @@ from a2wsgi import WSGIMiddleware
 from ray import serve
 
 from llmc import manifest
+from llmc.serve.address import threads
 from llmc.serve.app import create_app
 from llmc.serve.opening import Settings, open_service
-from llmc.serve.server import SPARE_THREADS
 
 
 @serve.deployment(health_check_period_s=2, graceful_shutdown_timeout_s=60)
@@ -38,8 +38,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray asks for it once the engine is open."""
-        budget = self.service.engine.budget
-        return Bridge(create_app(self.service), budget.max_sequences + budget.max_queue + SPARE_THREADS)
+        return Bridge(create_app(self.service), threads(self.service.engine.budget))
 
     def check_health(self) -> None:
         """Ray asks; whoever raises is replaced."""

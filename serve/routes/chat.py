@@ -63,7 +63,7 @@ def _answer(service: Service, model: str, handle: Handle, logprobs: bool, parser
     texts: list[list[str]] = [[] for _ in range(handle.choices)]
     reasons: list[str | None] = [None] * handle.choices
     details: list[list[dict[str, Any]]] = [[] for _ in range(handle.choices)]
-    for event in wait(handle, client_gone()):
+    for event in wait(service, handle, client_gone()):
         texts[event.choice].append(event.text)
         reasons[event.choice] = event.finish_reason
         if event.logprobs is not None:

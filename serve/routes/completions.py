@@ -88,7 +88,7 @@ def _choices(service: Service, body: CompletionBody, prompts: list[list[int]]) -
 
 
 def _answer(service: Service, handle: Handle, choices: list[_Choice], body: CompletionBody) -> dict[str, Any]:
-    for event in wait(handle, client_gone()):
+    for event in wait(service, handle, client_gone()):
         choices[event.choice].add(event)
     groups = [choices[begin : begin + body.drawn] for begin in range(0, len(choices), body.drawn)]
     if body.drawn > body.n:

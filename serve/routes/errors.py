@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from llmc.errors import DrainingError, LlmcError, NotFoundError, OverloadedError, UserError
+from llmc.errors import DrainingError, LateError, LlmcError, NotFoundError, OverloadedError, UserError
 from llmc.log import logger
 from llmc.serve.scheduler import ContextLengthError
 from llmc.serve.service import DRAIN_RETRY_SECONDS, RETRY_SECONDS
@@ -30,6 +30,7 @@ CODES: dict[type[LlmcError], str] = {
     AuthenticationError: "invalid_api_key",
     NotFoundError: "model_not_found",
     ContextLengthError: "context_length_exceeded",
+    LateError: "timeout",
     OverloadedError: "rate_limit_exceeded",
     DrainingError: "shutting_down",
 }

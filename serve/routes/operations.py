@@ -1,7 +1,8 @@
 """GET /health, /ready and /metrics: for whoever keeps the server running.
 
 /health is 503 when a restart would help; /ready when no new requests should come here, be it only because the server
-is shutting down. The metrics bear vLLM's names and meanings, with `llmc:` in front.
+is shutting down. The metrics bear vLLM's names and meanings, with a prefix of one's choice in front: with vLLM's own,
+dashboards and routers made for it read them.
 """
 
 from __future__ import annotations
@@ -105,29 +106,32 @@ class _Metrics(Collector):
             "running_lora_adapters": ",".join(sorted(running)),
             "waiting_lora_adapters": ",".join(sorted(waiting)),
         }
-        family = GaugeMetricFamily("llmc:lora_requests_info", "Adapters with requests.", labels=list(labels))
+        family = GaugeMetricFamily(self._name("lora_requests_info"), "Adapters with requests.", labels=list(labels))
         family.add_metric(list(labels.values()), time.time())
         yield family
 
+    def _name(self, name: str) -> str:
+        return f"{self._service.metrics_prefix}:{name}"
+
     def _gauge(self, name: str, text: str, value: float) -> Family:
-        family = GaugeMetricFamily(f"llmc:{name}", text, labels=["model_name"])
+        family = GaugeMetricFamily(self._name(name), text, labels=["model_name"])
         family.add_metric([self._service.model], value)
         return family
 
     def _counter(self, name: str, text: str, value: float) -> Family:
-        family = CounterMetricFamily(f"llmc:{name}", text, labels=["model_name"])
+        family = CounterMetricFamily(self._name(name), text, labels=["model_name"])
         family.add_metric([self._service.model], value)
         return family
 
     def _labelled(self, name: str, text: str, labels: list[str], counts: object) -> Family:
-        family = CounterMetricFamily(f"llmc:{name}", text, labels=["model_name", *labels])
+        family = CounterMetricFamily(self._name(name), text, labels=["model_name", *labels])
         for key, value in list(dict(counts).items()):  # type: ignore[call-overload]
             values = [str(part) for part in (key if isinstance(key, tuple) else (key,))]
             family.add_metric([self._service.model, *values], value)
         return family
 
     def _histogram(self, name: str, text: str, histogram: Histogram) -> Family:
-        family = HistogramMetricFamily(f"llmc:{name}", text, labels=["model_name"])
+        family = HistogramMetricFamily(self._name(name), text, labels=["model_name"])
         buckets, reached = [], 0
         for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
             reached += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from llmc.runtime import Logits
@@ -19,13 +20,13 @@ def pooled(service: Service, model: str, requests: Sequence[Request]) -> list[Lo
         LlmcError: One of them is wrong, or failed.
         ClientGone: Nobody waits for the answer any more.
     """
-    gone, most = client_gone(), service.engine.limits.max_sequences
+    gone, began, most = client_gone(), time.monotonic(), service.engine.limits.max_sequences
     for request in requests:
         service.engine.check(request)
     found: list[Logits] = []
     for begin in range(0, len(requests), most):
         handle = service.submit(model, *requests[begin : begin + most])
-        events = list(wait(handle, gone))
+        events = list(wait(service, handle, gone, began=began))
         vectors = {event.choice: event.vector for event in events if event.vector is not None}
         found += [vectors[choice] for choice in range(handle.choices)]
     return found

@@ -149,7 +149,7 @@ def register(app: Flask, service: Service) -> None:
                 end=answer.end,
             )
         try:
-            for event in wait(handle, client_gone()):
+            for event in wait(service, handle, client_gone()):
                 answer.add(event)
         except ClientGone:
             return abandoned()

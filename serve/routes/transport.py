@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
 from llmc.config import parse
-from llmc.errors import LlmcError, TooLargeError, UserError
+from llmc.errors import LateError, LlmcError, TooLargeError, UserError
 from llmc.log import logger
 from llmc.serve.handle import Event, Handle
 from llmc.serve.routes.errors import MediaTypeError
@@ -138,16 +138,29 @@ def _closed(sock: socket.socket) -> bool:
         return True
 
 
-def follow(handle: Handle, gone: Callable[[], bool], keep_alive: float = float("inf")) -> Iterator[list[Event]]:
+def follow(
+    service: Service,
+    handle: Handle,
+    gone: Callable[[], bool],
+    *,
+    keep_alive: float = float("inf"),
+    began: float | None = None,
+) -> Iterator[list[Event]]:
     """The events of a handle, as many at a time as there are; gives it up when the client goes away.
 
+    Args:
+        keep_alive: Seconds.
+        began: When the request came, by time.monotonic(); now, if not given.
+
     Yields:
-        Events, or nothing when a keep-alive is due.
+        Events, or nothing when a keep-alive is due. The last is an error when its time is over, which is looked at
+        here and not in the engine, so that it ends even while a step does not come back.
 
     Raises:
         ClientGone: The client closed its connection.
     """
     quiet_since = time.monotonic()
+    deadline = (began or quiet_since) + service.request_timeout
     try:
         while not handle.done:
             events = handle.take(PROBE_SECONDS)
@@ -157,19 +170,23 @@ def follow(handle: Handle, gone: Callable[[], bool], keep_alive: float = float("
             if events or now - quiet_since >= keep_alive:
                 quiet_since = now
                 yield events
+            if now >= deadline and not handle.done:
+                late = LateError(f"not finished within the {service.request_timeout:g} seconds that a request may take")
+                yield [Event(0, "", 0, "error", error=late)]
+                return
     finally:
         if not handle.done:
             handle.cancel()
 
 
-def wait(handle: Handle, gone: Callable[[], bool]) -> Iterator[Event]:
-    """Every event of a request that is answered in one piece.
+def wait(service: Service, handle: Handle, gone: Callable[[], bool], *, began: float | None = None) -> Iterator[Event]:
+    """Every event of a request that is answered in one piece; see `follow`.
 
     Raises:
         LlmcError: The request failed.
         ClientGone: See `follow`.
     """
-    for events in follow(handle, gone):
+    for events in follow(service, handle, gone, began=began):
         for event in events:
             if event.error is not None:
                 raise event.error
@@ -199,7 +216,7 @@ def stream(
 
     def pieces() -> Iterator[bytes]:
         with contextlib.suppress(ClientGone):
-            for events in follow(handle, gone, service.keep_alive):
+            for events in follow(service, handle, gone, keep_alive=service.keep_alive):
                 error = next((event.error for event in events if event.error is not None), None)
                 if error is not None:
                     handle.cancel()

@@ -116,6 +116,7 @@ class OrtRunner:
         self._session = session
         self._limits = limits
         self._cache = Cache(engine, limits.max_sequences)
+        self._deterministic = deterministic
         block = invariance.BLOCK if deterministic else None
         self._table = SlotTable(
             self._cache, limits.max_sequences, limits.max_length, limits.cache_tokens, engine.spec.prefix, block
@@ -146,7 +147,7 @@ class OrtRunner:
             for chunk in chunks:
                 self._table.extend(chunk.sequence_id, chunk.start, chunk.tokens)
             self._table.trim()
-            singles = [chunk for chunk in chunks if len(chunk.tokens) == 1 and not chunk.states]
+            singles = [chunk for chunk in chunks if self._in_batch(chunk)]
             if singles:
                 self._decode(singles, results)
             for chunk in chunks:
@@ -159,6 +160,13 @@ class OrtRunner:
                 raise
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         return [results[chunk.sequence_id] for chunk in chunks]
+
+    def _in_batch(self, chunk: Chunk) -> bool:
+        """It is computed in one run with others.
+
+        Adapters are inputs, not weights that onnxruntime has packed; how it multiplies by them depends on the rows.
+        """
+        return len(chunk.tokens) == 1 and not chunk.states and not (self._deterministic and chunk.adapter)
 
     def close(self) -> None:
         self._decode_batch.cache_clear()

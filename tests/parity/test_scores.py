@@ -31,7 +31,12 @@ CASES = {
     "qwen3": 2,
     "mistral-window": 1,
     "mixtral": 1,
+    "glm": 2,
     "glm4": 1,
+    "gemma3": 2,
+    "gemma3-tied": 1,
+    "qwen2-moe": 1,
+    "qwen3-moe": 3,
     "gpt2": 2,
     "opt": 1,
     "opt-350m": 2,
@@ -77,7 +82,7 @@ def test_from_transformers_to_the_server_and_back(name: str, tmp_path: Path) -> 
     with torch.inference_mode():
         rows = decoder(torch.tensor([PROMPTS[3]]))[0]
     assert rows.shape == (40, labels)
-    np.testing.assert_allclose(rows[-1].numpy(), wanted[3], atol=1e-5)
+    np.testing.assert_allclose(rows[-1].numpy(), wanted[3], atol=1e-5, rtol=1e-5)
 
     export.export("hf", tmp_path / "checkpoint", tmp_path / "again")
     original, again = (load_file(tmp_path / each / "model.safetensors") for each in ("hf", "again"))
@@ -91,7 +96,7 @@ def test_from_transformers_to_the_server_and_back(name: str, tmp_path: Path) -> 
 
     offline = [scores.scores(runner, without_padding(ids, 0)) for ids in PROMPTS]
     runner.close()
-    np.testing.assert_allclose(offline, wanted, atol=1e-4)
+    np.testing.assert_allclose(offline, wanted, atol=1e-4, rtol=1e-5)
     service = open_service(tmp_path / "engine", Settings(name="judge", threads=1, max_sequences=3, max_step_tokens=5))
     service.engine.start()
     try:
@@ -99,7 +104,30 @@ def test_from_transformers_to_the_server_and_back(name: str, tmp_path: Path) -> 
     finally:
         service.engine.close()
     online = [each["score"] if labels > 1 else [each["score"]] for each in answer["data"]]
-    np.testing.assert_allclose(online, offline, atol=1e-5)
+    np.testing.assert_allclose(online, offline, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"speculate": "ngram"}], ids=str)
+def test_scores_with_the_options_of_texts(options: Any, tmp_path: Path) -> None:
+    """Blocks and drafts change no score, however many are asked for at a time and whatever is in the cache."""
+    name = next(iter(CASES))
+    model = save(name, CASES[name], tmp_path / "hf")
+    hf.convert(tmp_path / "hf", tmp_path / "checkpoint")
+    builder.build(tmp_path / "checkpoint", tmp_path / "engine", max_length=64)
+    settings = Settings(name="judge", threads=1, max_sequences=3, **options)
+    service = open_service(tmp_path / "engine", settings)
+    service.engine.start()
+    try:
+        client = create_app(service).test_client()
+        alone = [client.post("/v1/score", json={"input": [ids]}).get_json()["data"][0]["score"] for ids in PROMPTS]
+        for _ in range(2):
+            answer = client.post("/v1/score", json={"input": PROMPTS}).get_json()["data"]
+            together = [each["score"] for each in answer]
+            np.testing.assert_allclose(together, alone, atol=0 if "deterministic" in options else 1e-5, rtol=0)
+    finally:
+        service.engine.close()
+    wanted = np.array([theirs(model, ids) for ids in PROMPTS])
+    np.testing.assert_allclose(np.array(alone).reshape(wanted.shape), wanted, atol=1e-4)
 
 
 def test_a_config_that_is_written_reads_back(tmp_path: Path) -> None:

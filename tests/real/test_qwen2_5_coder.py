@@ -6,6 +6,7 @@ Run by `make test-real`, with the file's path in LLMC_REAL_MODEL.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -136,6 +137,74 @@ def test_a_streamed_answer_is_a_function(client: Any) -> None:
 
 def code_in(answer: str) -> str:
     return answer.split("```python\n")[1].split("```")[0]
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_function_is_called_and_its_result_is_used(client: Any, choice: Any) -> None:
+    """The model's own template, there and back; streamed, the call is the same."""
+    asked = {
+        "model": client.models.list().data[0].id,
+        "messages": [{"role": "user", "content": "What is the weather in Paris, in celsius?"}],
+        "tools": [WEATHER],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 100,
+    }
+    answer = client.chat.completions.create(**asked).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (call,) = answer.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris", "unit": "celsius"}
+    pieces = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked) if chunk.choices]
+    found = [each for piece in pieces for each in piece.tool_calls or ()]
+    assert [each.function.name for each in found if each.function.name] == ["get_weather"]
+    assert "".join(each.function.arguments or "" for each in found) == call.function.arguments
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 31, "sky": "clear"}'}
+    said = {"role": "assistant", "tool_calls": [call.model_dump()]}
+    follow = asked | {"messages": [*asked["messages"], said, result], "tool_choice": "none"}
+    assert "31" in client.chat.completions.create(**follow).choices[0].message.content
+
+
+def test_an_answer_of_a_schema(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "language": {"enum": ["Python", "C", "Rust"]},
+            "year": {"type": "integer"},
+            "typing": {"enum": ["static", "dynamic"]},
+        },
+        "required": ["language", "year", "typing"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": "Which language did Guido van Rossum make, when, and how is it typed?"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "language", "schema": schema, "strict": True}},
+        temperature=0,
+        max_tokens=100,
+    ).choices[0]
+    assert answer.finish_reason == "stop"
+    found = json.loads(answer.message.content)
+    assert found.keys() == {"language", "year", "typing"}
+    assert isinstance(found["year"], int)
+    assert found["language"] in ("Python", "C", "Rust")
+    assert found["typing"] in ("static", "dynamic")
 
 
 def test_sixteen_clients_at_once(client: Any) -> None:

@@ -1,8 +1,8 @@
 """`python fake_server.py FOLDER OPTIONS`: the real server, gunicorn and all, around the toy model.
 
 FOLDER gets the tiny tokenizer. OPTIONS is JSON: "runner", "engine" and "service" hold keyword arguments of these,
-"drain_timeout" a number, and with "broken" nothing can be loaded. Prints one line of JSON: "url", and the worker's
-"pid".
+"drain_timeout" a number; with "broken" nothing can be loaded, and with "dev" the server is waitress. Prints one line of
+JSON: "url", and the worker's "pid".
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import fake  # noqa: E402
 
 from llmc import log  # noqa: E402
 from llmc.errors import EngineError  # noqa: E402
+from llmc.serve.address import Address  # noqa: E402
+from llmc.serve.dev import serve as serve_here  # noqa: E402
 from llmc.serve.engine import Engine  # noqa: E402
-from llmc.serve.server import Address, serve  # noqa: E402
+from llmc.serve.server import serve  # noqa: E402
 from llmc.serve.service import Service  # noqa: E402
 
 
@@ -39,6 +41,9 @@ def main() -> None:
     def announce(service: Service, url: str) -> None:
         print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
 
+    if options.get("dev"):
+        serve_here(Address("127.0.0.1", 0), load, announce)
+        return
     serve(Address("127.0.0.1", 0), load, announce, drain_timeout=options.get("drain_timeout", 30))
 
 

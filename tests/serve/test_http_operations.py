@@ -14,6 +14,7 @@ from web import CHAT, GENERATING, GOOD, GOOD_CHAT, GOOD_TEXT, PADDLE, TEXT, chec
 from llmc.serve.app import create_app
 from llmc.serve.engine import Engine
 from llmc.serve.service import Service
+from llmc.serve.speculate import NGram, Speculation
 
 MakeEngine = Callable[..., Engine]
 
@@ -105,3 +106,41 @@ def test_metrics_count_what_happened(client: FlaskClient) -> None:
     wanted += " spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total"
     assert {f"llmc:{name}" for name in wanted.split()} <= names
     assert all(labels.get("model_name") == "toy" for name, labels, _ in samples(text) if name.startswith("llmc:"))
+
+
+# Of vLLM 0.33, as far as routers and dashboards ask for it; of a histogram also its sum and buckets.
+GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "lora_requests_info"}
+COUNTERS = {
+    "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions",
+    "request_success", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
+}  # fmt: skip
+HISTOGRAMS = {
+    "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens",
+}  # fmt: skip
+OURS = {"admission_rejections"}
+
+
+@pytest.mark.parametrize("prefix", ["llmc", "vllm"])
+def test_metrics_are_those_that_dashboards_ask_for(make_engine: MakeEngine, prefix: str) -> None:
+    """With vLLM's prefix a dashboard made for it finds every one, of the right kind."""
+    engine = make_engine(fake.FakeRunner(eos=None), speculation=Speculation(NGram(), 2), max_queue=1)
+    client = create_app(Service(engine, "toy", 1, adapters=("a",), metrics_prefix=prefix)).test_client()
+    repeated = {"prompt": "fox fox fox fox", "max_tokens": 9, "logit_bias": {"80": 100}}
+    assert client.post(TEXT, json=repeated).status_code == 200
+    assert client.post(TEXT, json={"prompt": "a", "max_tokens": 99_999}).status_code == 400
+    text = client.get("/metrics").get_data(as_text=True)
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for kind, names in (("gauge", GAUGES), ("counter", COUNTERS | OURS), ("histogram", HISTOGRAMS)):
+        for name in names:
+            family = families[f"{prefix}:{name}"]
+            assert family.type == kind
+            assert family.samples, name
+            if kind == "histogram":
+                assert {sample.name.rpartition("_")[2] for sample in family.samples} == {"bucket", "count", "sum"}
+    found = {sample.name: sample.value for family in families.values() for sample in family.samples}
+    assert found[f"{prefix}:spec_decode_num_accepted_tokens_total"] > 0
+    assert found[f"{prefix}:generation_tokens_total"] == 9
+    assert found[f"{prefix}:admission_rejections_total"] == 1
+    assert not [name for name in families if ":" in name and not name.startswith(prefix)]

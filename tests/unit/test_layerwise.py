@@ -85,8 +85,8 @@ def test_observing_sees_each_input_once_and_moves_nothing(tiny_checkpoint: Calla
     for old, new in zip(before, states, strict=True):
         assert torch.equal(old, new)
     walker.observe("layers.0", layer, states, linears, lambda *_: None, advance=True)
-    for old, new in zip(before, states, strict=True):
-        assert torch.equal(walker.through(layer, old), new)
+    for window, (old, new) in enumerate(zip(before, states, strict=True)):
+        assert torch.equal(walker.through(layer, old, window), new)
 
 
 @torch.inference_mode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 
 import llmc.converters.families
 from llmc.cli import group
+from llmc.commands.families import command
 from llmc.converters import families, native, paddle
 from llmc.converters.overview import Overview, overview
 from llmc.errors import UnsupportedModelError
@@ -20,15 +23,38 @@ FILES = sorted(path.stem for path in Path(llmc.converters.families.__file__).par
 NAMES = [name for name in FILES if name != "__init__"]
 
 
-def test_the_table_has_a_row_for_every_file() -> None:
-    result = CliRunner().invoke(group, ["families"], env={"COLUMNS": "200"})
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(group, ["families", *arguments], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
-    title, _header, *rows = result.output.strip().splitlines()
-    assert title.strip() == f"{len(NAMES)} model families"
+    return result.output
+
+
+def test_the_table_has_a_whole_row_for_every_file_in_80_columns() -> None:
+    title, header, *rows, hint = (line.rstrip() for line in run().splitlines())
+    assert title == f"{len(NAMES)} model families"
+    assert hint == "The names of their classes: llmc families NAME"
     assert [row.split()[0] for row in rows] == NAMES
-    for row in rows:
-        for architecture in families.by_name(row.split()[0]).architectures:
-            assert architecture in row
+    for row, family in zip(rows, overview(), strict=True):
+        cells = re.split("  +", row)
+        assert len(cells) == len(header.split())
+        assert cells[1] == ", ".join(family.positions)
+        for class_ in family.hf:
+            assert class_.startswith(cells[4].split(", ")[family.hf.index(class_)])
+        assert cells[-1] == (family.gguf or "-")
+
+
+@pytest.mark.parametrize("family", overview(), ids=lambda family: family.name)
+def test_one_family_with_its_classes(family: Overview) -> None:
+    said = dict(re.split("  +", line, maxsplit=1) for line in run(family.name).splitlines())
+    assert said["original"].split(", ") == list(family.architectures)
+    assert said["hf"].split(", ") == list(family.hf)
+    assert (said["paddle"], said["gguf"]) == (family.paddle or "-", family.gguf or "-")
+    assert json.loads(run(family.name, "--json")) == json.loads(json.dumps(dataclasses.asdict(family)))
+
+
+def test_a_family_that_there_is_not() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'llama5' .* there are .*llama, mistral"):
+        CliRunner().invoke(command, ["llama5"], catch_exceptions=False)
 
 
 def test_the_document_has_the_same_table() -> None:

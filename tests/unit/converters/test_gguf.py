@@ -24,7 +24,7 @@ Folder = Callable[[str], Path]
 UNSAYABLE = {
     *("llama-dynamic", "llama-longrope", "llama-yarn-mscale", "llama-yarn-no-truncate"),
     *("qwen2-window", "qwen3-bias-window", "qwen2-moe", "qwen2-moe-window", "qwen3-moe-sparse", "gpt2-untied"),
-    *("glm", "glm-tied", "chatglm3", "chatglm3-32k", "chatglm2-32k", "qwen1-head-dim"),
+    *("glm", "glm-tied", "chatglm3", "chatglm3-32k", "chatglm2-32k", "qwen1-deep"),
     *(name for name in tiny.TINY if name.startswith("gemma3")),
     *("baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b"),
 }

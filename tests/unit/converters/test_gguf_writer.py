@@ -45,7 +45,6 @@ REFUSED = {
     "chatglm3": "heads of 32",
     "chatglm3-32k": "heads of 32",
     "chatglm2-32k": "heads of 32",
-    "qwen1-head-dim": "heads of 32",
     "baichuan-7b": "2 layers",
     "baichuan-13b": "2 layers",
     "baichuan2-7b": "2 layers",

@@ -360,6 +360,12 @@ def test_a_folder_without_tokenizer_is_converted_with_a_warning(
     assert "no tokenizer" in caplog.text
 
 
+@pytest.mark.parametrize("text", ["{}", "{nope", "[]"])
+def test_a_damaged_tokenizer_leaves_nothing_behind(text: str, source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text(text, encoding="utf-8")
+    assert f"{source / 'tokenizer.json'} is not a tokenizer" in refused(source, tmp_path / "out")
+
+
 def test_an_older_tokenizer_that_cannot_be_read_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").rename(source / "vocab.json")
     assert "AutoTokenizer" in refused(source, tmp_path / "out")

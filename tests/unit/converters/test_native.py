@@ -18,19 +18,21 @@ from llmc import modeling
 from llmc.checkpoint import Checkpoint
 from llmc.converters import families, hf, native
 from llmc.converters.convert import convert
+from llmc.errors import UserError
 
 Folder = Callable[[str], Path]
 
 # Tiny model of its authors' -> transformers' class that computes it.
 CLASSES = {
     "qwen1": "Qwen2ForCausalLM",
-    "qwen1-head-dim": "Qwen2ForCausalLM",
+    "qwen1-deep": "Qwen2ForCausalLM",
     "chatglm3": "GlmForCausalLM",
     "chatglm3-32k": "GlmForCausalLM",
     "chatglm2-32k": "GlmForCausalLM",
     "baichuan-7b": "LlamaForCausalLM",
 }
-NONE = ("baichuan-13b", "baichuan2-7b", "baichuan2-13b", "chatglm-6b", "chatglm-6b-deep")
+MARKS = (tiny.CHATGLM_6B_BASE["gmask_token_id"], tiny.CHATGLM_6B_BASE["mask_token_id"])
+NONE = ("baichuan-13b", "baichuan2-7b", "baichuan2-13b", "chatglm-6b", "chatglm-6b-deep", "chatglm-6b-tied")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -81,6 +83,27 @@ def test_what_no_class_computes_is_for_llmc_s_own(
     met, expected = (load_file(at / "model.safetensors") for at in (tmp_path / "original", tiny_source(name)))
     assert met.keys() == expected.keys()
     assert all(torch.equal(met[tensor], expected[tensor]) for tensor in met)
+
+
+@torch.inference_mode()
+def test_chatglm_6b_generates_from_a_prompt_with_a_prefix(
+    tiny_source: Folder, tiny_checkpoint: Folder, tmp_path: Path
+) -> None:
+    """Greedily, with transformers' cache and without, what the authors' formulas say; rows padded left are refused."""
+    native.export(tiny_checkpoint("chatglm-6b"), tmp_path / "hf")
+    model, oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), oracles.load(tiny_source("chatglm-6b"))
+    config = oracle.config
+    prompt = torch.tensor([[*tiny.tokens(11), mark, config.bos_token_id] for mark in MARKS])
+    settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": config.pad_token_id}
+    expected = oracle.generate(prompt, max_new_tokens=24)
+    mask = torch.ones_like(prompt)
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(prompt, attention_mask=mask, use_cache=use_cache, **settings), expected)
+    causal = torch.where(prompt == config.bos_token_id, 5, prompt)
+    assert not torch.equal(model.generate(causal, attention_mask=mask, **settings)[:, 13:], expected[:, 13:])
+    mask[0, :2] = 0
+    with pytest.raises(UserError, match="rows of one length"):
+        model.generate(prompt, attention_mask=mask, **settings)
 
 
 def test_every_other_family_has_one_form(tiny_checkpoint: Folder, tmp_path: Path) -> None:

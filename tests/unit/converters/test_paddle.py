@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,38 @@ from llmc.tensors import read_tensor
 
 Folder = Callable[[str], Path]
 LIKE_LLAMA = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen2.5-tied", "mixtral")
-OTHERS = ("baichuan-13b", "qwen1", "qwen1-head-dim", "chatglm3", "bloom", "bloom-6-heads", "gpt2", "opt", "opt-350m")
+OTHERS = (
+    "chatglm-6b-tied",
+    "baichuan-13b",
+    "qwen1",
+    "qwen1-deep",
+    "chatglm3",
+    "bloom",
+    "bloom-6-heads",
+    "gpt2",
+    "opt",
+    "opt-350m",
+)
 CASES = (*LIKE_LLAMA, "qwen2-moe-all", *OTHERS)
 
 TURNED = "transpose"
 Mapping = tuple[str, str, str | int]  # the third: TURNED, "" for the same, or which third of Hugging Face's
 
 
+CHATGLM_6B = "chatglm-6b"
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """The `model_type`, which is the same in the configs of all ChatGLMs."""
+    return CHATGLM_6B if config.get("position_encoding_2d") else str(config["model_type"])
+
+
 def names(config: dict[str, Any]) -> list[Mapping]:
     """Every tensor of a model."""
     return {
         "baichuan": names_of_baichuan, "bloom": names_of_bloom, "chatglm": names_of_chatglm, "gpt2": names_of_gpt,
-        "opt": names_of_opt, "qwen": names_of_qwen,
-    }.get(config["model_type"], names_like_llama)(config)  # fmt: skip
+        "opt": names_of_opt, "qwen": names_of_qwen, CHATGLM_6B: names_of_chatglm_6b,
+    }.get(kind_of(config), names_like_llama)(config)  # fmt: skip
 
 
 def prefixed(theirs: str, paddles: str, found: list[Mapping]) -> list[Mapping]:
@@ -134,6 +154,17 @@ def names_of_chatglm(config: dict[str, Any]) -> list[Mapping]:
     return prefixed("transformer.", "chatglm_v2.", [*found, *same(("output_layer.weight", TURNED))])
 
 
+def names_of_chatglm_6b(config: dict[str, Any]) -> list[Mapping]:
+    found = [*same(("word_embeddings.weight", "")), *norm("final_layernorm", "final_layernorm")]
+    for layer in range(config["num_layers"]):
+        at = f"layers.{layer}."
+        for module in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
+            found += biased(at + module, at + module)
+        for module in ("input_layernorm", "post_attention_layernorm"):
+            found += norm(at + module, at + module)
+    return prefixed("transformer.", "chatglm.transformer.", found)
+
+
 def names_of_baichuan(config: dict[str, Any]) -> list[Mapping]:
     """PaddleNLP runs it as a LLaMA with `alibi`."""
     found = same(("embed_tokens.weight", ""), ("norm.weight", ""))
@@ -200,15 +231,17 @@ WORDS: dict[str, dict[str, str]] = {
     "chatglm": {
         "num_layers": "num_hidden_layers", "padded_vocab_size": "vocab_size", "seq_length": "max_sequence_length",
     },
+    CHATGLM_6B: {"num_layers": "num_hidden_layers"},
     "baichuan": {"model_max_length": "max_position_embeddings"},
 }  # fmt: skip
 CLASSES = {
     "gpt2": "GPTForCausalLM", "qwen": "QWenForCausalLM", "chatglm": "ChatGLMv2ForCausalLM",
-    "baichuan": "LlamaForCausalLM",
+    "baichuan": "LlamaForCausalLM", CHATGLM_6B: "ChatGLMForConditionalGeneration",
 }  # fmt: skip
 UNSAID: dict[str, tuple[str, ...]] = {
     "gpt2": ("activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
     "opt": ("tie_word_embeddings",),
+    CHATGLM_6B: ("_name_or_path", "tie_word_embeddings"),
     "chatglm": ("_name_or_path", "multi_query_attention", "original_rope", "rope_ratio", "tie_word_embeddings"),
 }
 ADDED: dict[str, dict[str, Any]] = {
@@ -218,6 +251,7 @@ ADDED: dict[str, dict[str, Any]] = {
     },
     "opt": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 16, "mp_degree": 1},
     "chatglm": {"interleaved_qkv": False},
+    CHATGLM_6B: {"activation": "gelu", "attention_scale": True, "num_image_tokens": 0, "output_predict": True},
     "baichuan": {"alibi": True, "num_key_value_heads": 6, "rope_theta": 10000.0},
 }  # fmt: skip
 
@@ -225,7 +259,7 @@ ADDED: dict[str, dict[str, Any]] = {
 def config_of(source: Path) -> dict[str, Any]:
     """Its config as PaddleNLP saves it."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    kind = config["model_type"]
+    kind = kind_of(config)
     config.pop("transformers_version", None)
     config.pop("auto_map", None)
     rope = config.pop("rope_parameters", None)
@@ -415,12 +449,25 @@ def test_what_llmc_does_not_know_of_paddlenlp(tiny_checkpoint: Folder, tmp_path:
         ("bloom-untied", "'tie_word_embeddings'"),
         ("chatglm3-32k", "'rope_ratio'"),
         ("chatglm2-32k", "'_name_or_path'"),
+        ("chatglm-6b", "'tie_word_embeddings'"),
         ("baichuan2-13b", "'z_loss_weight'"),
         ("baichuan2-7b", "'max_position_embeddings'"),
     ):
         with pytest.raises(UnsupportedModelError, match=said):
             paddle.export(tiny_checkpoint(name), tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_chatglm_6b_of_another_depth_would_not_be_the_same_there(tmp_path: Path) -> None:
+    case = tiny.TINY["chatglm-6b-tied"]
+    hf.convert(
+        tiny.save(replace(case, config={**case.config, "num_layers": 3}), tmp_path / "source"), tmp_path / "ckpt"
+    )
+    with pytest.raises(UnsupportedModelError, match="'num_hidden_layers' 28 alone, not 3"):
+        paddle.export(tmp_path / "ckpt", tmp_path / "out")
+    write(tmp_path / "source", tmp_path / "paddle", form="safetensors")
+    assert "'num_hidden_layers' is 3" in refused(UnsupportedModelError, tmp_path / "paddle")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_baichuan_7b_is_a_llama_there(tiny_checkpoint: Folder, tmp_path: Path) -> None:

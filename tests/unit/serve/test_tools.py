@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from llmc.errors import UserError
-from llmc.serve.tools import FORMATS, CallParser, Delta, Format, format_of, whole_calls
+from llmc.serve.grammar import Grammars
+from llmc.serve.tools import FORMATS, CallParser, Delta, Format, enforced, format_of, whole_calls
 from llmc.tokenizer import Tokenizer
 
 HERMES, MISTRAL, LLAMA = FORMATS[:3]
@@ -138,3 +143,23 @@ def test_deltas_have_openai_s_form() -> None:
     assert found[1].tool_calls[0].id
     rest = [call.function.arguments for each in found[1:] for call in each.tool_calls or () if call.function]
     assert json.loads("".join(str(each) for each in rest)) == {"a": 1}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("most", [1, 2])
+def test_an_enforced_call_can_be_written_to_its_end(most: int, special: bool, tmp_path: Path) -> None:
+    """Qwen's marks are added tokens that are not special, which llguidance takes for special ones."""
+    tiny.save_tokenizer(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_tokens([AddedToken(mark, special=special) for mark in ("<tool_call>", "</tool_call>")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    functions = [{"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}]
+    grammars = Grammars(tokenizer, backend.get_vocab_size())
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    matcher = grammars.compile(enforced(HERMES, tokenizer, functions, most)).begin()
+    for token in tokenizer.encode("\n".join([call] * most), add_special_tokens=False):
+        assert matcher.allowed()[token], tokenizer.backend.id_to_token(token)
+        matcher.advance(token)
+    assert matcher.finished or matcher.allowed()[sorted(tokenizer.eos_ids)].any()
+    grammars.close()

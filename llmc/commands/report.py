@@ -57,7 +57,9 @@ def evaluation(rows: list[dict[str, Any]]) -> None:
     for at, row in enumerate(rows):
         name = last_parts[at] if unambiguous else row["folder"]
         table.add_row(name, row["kind"], *(column[at] for column in kept.values()))
-    Console().print(table)
+    # A narrow terminal breaks lines; rich would leave out the models' names.
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
 
 
 def offline_bench(rows: list[dict[str, Any]]) -> None:

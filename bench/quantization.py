@@ -34,15 +34,23 @@ from llmc.tokenizer import Tokenizer
 TOKENS, WINDOW = int(os.environ.get("LLMC_BENCH_TOKENS", "10240")), 512
 
 # Name -> options of `llmc quantize`. A row more is a line more.
-ROWS = {
+_WEIGHTS = {
     "rtn8-g32": ["--algo", "rtn", "--bits", "8", "--group-size", "32"],
     "rtn4-g32": ["--algo", "rtn", "--group-size", "32"],
     "awq4-g32": ["--algo", "awq", "--group-size", "32"],
     "gptq4-g32": ["--algo", "gptq", "--group-size", "32"],
+    "gptq4-g64": ["--algo", "gptq", "--group-size", "64"],
     "rtn4-g128": ["--algo", "rtn", "--group-size", "128"],
     "awq4-g128": ["--algo", "awq", "--group-size", "128"],
     "gptq4-g128": ["--algo", "gptq", "--group-size", "128"],
+    "awq4-mixed": ["--algo", "awq", "--group-size", "128", "--target-bits", "5.5"],
+    "w8a8": ["--algo", "w8a8"],
+    "w8a8-static": ["--algo", "w8a8", "--activations", "static"],
+    "smoothquant": ["--algo", "smoothquant"],
+    "fp8": ["--algo", "fp8"],
 }
+# All of them once more with an int8 KV cache.
+ROWS = _WEIGHTS | {f"{name}-kv8": [*options, "--kv-cache", "int8"] for name, options in _WEIGHTS.items()}
 
 
 def held_out(tokenizer: Tokenizer, tokens: int = TOKENS) -> dict[str, list[Tokens]]:

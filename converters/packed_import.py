@@ -317,11 +317,11 @@ def _packed(matrix: Matrix, form: WeightFormat) -> Packed:
     columns = matrix.codes.shape[1]
     groups = form.groups(columns)
     times = -(-groups // matrix.scale.shape[1])
-    scale, zero = (np.repeat(each, times, axis=1)[:, :groups] for each in (matrix.scale, matrix.zero))
+    scales, zero = (np.repeat(each, times, axis=1)[:, :groups] for each in (matrix.scale, matrix.zero))
     padding = np.repeat(zero[:, -1:], groups * form.width(columns) - columns, axis=1)
     codes = np.concatenate((matrix.codes, padding), axis=1)
     return Packed(
         pack_codes(codes, form.bits),
-        np.ascontiguousarray(scale),
+        np.ascontiguousarray(scales),
         None if form.symmetric else pack_codes(np.ascontiguousarray(zero), form.bits),
     )

@@ -47,7 +47,11 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
     click.echo(f"  tokenizer   {f'{Tokenizer.load(out).vocab_size:,} tokens' if has_tokenizer else 'none'}")
     if made.recipe and made.recipe.weights:
         form = made.recipe.weights
-        click.echo(f"  packed      {form.bits} bits, groups of {form.group_size}: taken over as they are")
+        groups = f"groups of {form.group_size}" if form.group_size else "one scale" if form.per_tensor else "rows"
+        kind = "fp8" if form.kind == "fp8" else f"{form.bits} bits"
+        inputs = made.recipe.activations
+        rounded = f", inputs in {inputs.kind}" if inputs else ""
+        click.echo(f"  packed      {kind}, {groups}{rounded}: taken over as they are")
         click.echo(f"next: llmc build-engine {out} ENGINE")
     else:
         click.echo(f"next: llmc quantize {out} OUT    (or: llmc build-engine {out} ENGINE)")

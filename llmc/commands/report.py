@@ -57,7 +57,9 @@ def evaluation(rows: list[dict[str, Any]]) -> None:
     for at, row in enumerate(rows):
         name = last_parts[at] if unambiguous else row["folder"]
         table.add_row(name, row["kind"], *(column[at] for column in kept.values()))
-    Console().print(table)
+    # A narrow terminal breaks lines; rich would leave out the models' names.
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
 
 
 def offline_bench(rows: list[dict[str, Any]]) -> None:
@@ -164,7 +166,7 @@ def _formats(figures: Any) -> str:
     for name in figures.errors:
         form, inputs = figures.recipe.format_of(name), figures.recipe.inputs_of(name)
         text = "in fp8" if form.kind == "fp8" else f"in {form.bits} bits"
-        text += f", groups of {form.group_size}" if form.group_size else ", rows"
+        text += f", groups of {form.group_size}" if form.group_size else ", one scale" if form.per_tensor else ", rows"
         text += ("" if form.symmetric else " with zero points") + (", inputs rounded" if inputs else "")
         counts[text] = counts.get(text, 0) + 1
     return ", ".join(f"{count} {text}" for text, count in counts.items())

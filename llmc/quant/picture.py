@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def draw(
@@ -30,11 +31,11 @@ def draw(
         if words[0] == "layers":
             lines.setdefault(".".join(words[2:]), []).append((int(words[1]), error))
         else:
-            axes.axhline(error, linestyle=":", color="gray")
-            axes.annotate(matrix, (0, error), fontsize=8)
+            axes.axhline(error, linestyle=":" if matrix == "head" else "--", color="gray", label=matrix)
     for kind, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=kind)
     axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("relative error")
     axes.grid(alpha=0.3)
     if 0 < len(lines) <= 16:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llmc.converters.export import FORMATS
 from llmc.converters.layouts import Grid, Layout, Linear, Matrix
 from llmc.converters.packed_import import METHODS
+from llmc.recipe import ActivationFormat
 
 ALL: dict[str, Layout] = {
     layout.name: layout
@@ -23,7 +24,7 @@ ALL: dict[str, Layout] = {
 
 def test_every_format_is_written_and_read() -> None:
     assert set(METHODS.values()) == {row.module for row in FORMATS.values() if row.quantized}
-    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8"}
+    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8"}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -60,6 +61,7 @@ def test_back_and_forth(
 
 @pytest.mark.parametrize("name", ALL)
 def test_it_has_a_place_for_the_usual_linear(name: str) -> None:
-    grid = Grid(8, None) if ALL[name].rounded else Grid(4, 128, symmetric=name != "gptq_v2")
+    static = Grid(8, None, inputs=ActivationFormat(dynamic=False))
+    grid = static if ALL[name].rounded else Grid(4, 128, symmetric=name != "gptq_v2")
     linear = Linear(64, 256, grid)
     assert ALL[name].lacks(linear) is None

@@ -26,8 +26,8 @@ from llmc.errors import UserError
 @click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for all output tokens (vLLM's and llama.cpp's).")
 @click.option("--chunk", default=128, show_default=True, type=click.IntRange(1), help="Prompt tokens in one step.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads that compute; by default all.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw them there, as a PNG.")
+@click.option("--json", "json_file", type=values.OutputFile(), help="Write the figures there.")
+@click.option("--plot", type=values.OutputFile(), help="Draw them there, as a PNG.")
 def command(engine: Path | None, url: str | None, json_file: Path | None, plot: Path | None, **options: Any) -> None:
     """Measure the engine in the folder ENGINE by itself, or a server (--url) as its clients see it."""
     if (engine is None) == (url is None):

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from llmc.commands import values
+
 DEFAULT_WINDOW = 512
 ROOM, SEQUENCES = 2048, 8  # for prompts of tasks and what follows them
 
@@ -22,7 +24,7 @@ ROOM, SEQUENCES = 2048, 8  # for prompts of tasks and what follows them
 @click.option(
     "--tasks", "tasks_path", metavar="FILE", type=click.Path(path_type=Path), help="Code to write: see below."
 )
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the figures, too.")
+@click.option("--json", "json_path", type=values.OutputFile(), help="Write the figures, too.")
 def command(
     models: tuple[str, ...],
     text: Path | None,

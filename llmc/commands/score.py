@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 
+from llmc.commands import values
+
 SHOWN = 20
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write all scores, too.")
+@click.option("--json", "json_path", type=values.OutputFile(), help="Write all scores, too.")
 def command(folder: Path, file: Path, json_path: Path | None) -> None:
     """What a reward model says of the texts in FILE: one JSON object a line.
 

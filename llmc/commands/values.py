@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -55,3 +56,18 @@ def span(_: click.Context, option: click.Parameter, value: str) -> tuple[int, in
     if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
         raise click.BadParameter(f"'{value}' is neither a number nor a range like 32-512", param=option)
     return int(fewest), int(most)
+
+
+class OutputFile(click.Path):
+    """A file to be written when the work is done: that it can be is looked at before the work begins."""
+
+    name = "FILE"
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if not (folder := Path(value).parent).is_dir():
+            self.fail(f"there is no folder '{folder}'", param, ctx)
+        return path

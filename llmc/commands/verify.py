@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from llmc.commands import values
+
 
 @click.command()
 @click.argument("a")
@@ -15,7 +17,7 @@ import click
 @click.option("--window", type=click.IntRange(min=3), default=128, show_default=True, help="Tokens read at a time.")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of the text.")
 @click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Part of A's scale.")
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the figures, too.")
+@click.option("--json", "json_path", type=values.OutputFile(), help="Write the figures, too.")
 @click.option("--save", is_flag=True, help="Keep the result beside B's manifest; llmc inspect shows it.")
 def command(
     a: str,

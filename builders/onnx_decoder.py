@@ -65,6 +65,8 @@ def draw(
     kv_int8: bool,
     accuracy_level: int,
     adapters: bool = False,
+    compute: npt.DTypeLike = np.float32,
+    fused_experts: bool = True,
 ) -> Graph:
     """The whole graph, its weights still unread.
 
@@ -79,12 +81,14 @@ def draw(
         load: A tensor of the checkpoint by its canonical name.
         max_length: Positions in the rotary table.
         kv_int8: The cache holds int8, by the checkpoint's scales.
-        accuracy_level, adapters: See `Lowering`.
+        accuracy_level, adapters, fused_experts: See `Lowering`.
+        compute: The type of activations, weights that are not packed, scales, and the cache unless it is int8. What
+            goes in and out besides the cache is the same for all: both outputs are cast at the end.
     """
-    graph = Graph("decoder")
+    graph = Graph("decoder", compute)
     tokens = graph.input("tokens", INT64, ["batch", "length"])
     rows = graph.input("rows", INT64, ["rows"])
-    lowering = Lowering(graph, spec, recipe, load, accuracy_level, adapters=adapters)
+    lowering = Lowering(graph, spec, recipe, load, accuracy_level, adapters=adapters, fused_experts=fused_experts)
     decoder = _Decoder(spec, graph, lowering, tokens, max_length, kv_int8)
 
     flat = graph.call("Reshape", [tokens, graph.constant("/tokens/shape", np.array([-1]))], "/tokens")
@@ -96,10 +100,12 @@ def draw(
     elif spec.norm.order == "after":
         # A value has one name, and this one is the last layer's state already.
         out = graph.call("Identity", [out], "/hidden")
-    graph.output(out, "hidden", FLOAT, ["tokens", spec.embedding_size or spec.hidden_size])
+    hidden = graph.cast(out, "/hidden/float32", before=graph.compute, after=np.float32)
+    graph.output(hidden, "hidden", FLOAT, ["tokens", spec.embedding_size or spec.hidden_size])
     sampled = graph.call("Gather", [out, rows], "/rows")
     head = "score" if spec.score else "embed" if spec.tied else "head"
     logits = lowering.linear(sampled, head, node="/head")
+    logits = graph.cast(logits, "/head/float32", before=graph.compute, after=np.float32)
     if spec.normalised_head:
         logits = graph.call("Mul", [logits, lowering.inverse_lengths(head)], "/head/normalised")
     graph.output(logits, "logits", FLOAT, ["rows", spec.score.labels if spec.score else spec.vocab_size])
@@ -128,10 +134,10 @@ class _Decoder:
                 # On the second of two axes, tokens without a prefix stand one place further.
                 tables = rope.rotary_table(spec, max_length + one.axes - 1, context=max_length, of=one)
                 self.rotary[one] = [
-                    graph.weight(f"{name}.{kind}", np.float32, table.shape, table.copy)
+                    graph.weight(f"{name}.{kind}", graph.compute, table.shape, table.copy)
                     for kind, table in zip(("cos", "sin"), tables, strict=True)
                 ]
-        self.cache_type = INT8 if kv_int8 else FLOAT
+        self.cache_type = INT8 if kv_int8 else graph.compute_type
         self.cache_shape: list[int | str] = [
             "batch",
             spec.attention.num_kv_heads,
@@ -155,7 +161,7 @@ class _Decoder:
         """What the first layer is given of the tokens [batch * length]."""
         x = self.lowering.embedding(tokens, "embed")
         if self.spec.embedding_scale != 1:
-            scale = self.graph.constant("/embed/scale", np.array(self.spec.embedding_scale, np.float32))
+            scale = self.graph.number("/embed/scale", self.spec.embedding_scale)
             x = self.graph.call("Mul", [x, scale], "/embed/scaled")
         if self.spec.embedding_size:
             x = self.lowering.linear(x, "embed_in")
@@ -166,10 +172,10 @@ class _Decoder:
         return x
 
     def linear_biases(self) -> ir.Value:
-        """ALiBi: what is added to scores, [1, heads, length, total].
+        """ALiBi: what is added to scores, [batch, heads, length, total].
 
-        The distance to a key is counted from the longest sequence's last token, for all queries alike: what they are
-        too far is the same for all keys of a query, and softmax takes it out.
+        Counted from each query's own position and in float32, and only then made what the graph computes in: softmax
+        would take out a common distance, but 11 bits of a large one leave nothing of the small differences.
         """
         graph = self.graph
 
@@ -178,13 +184,13 @@ class _Decoder:
 
         total = graph.call("Cast", [self.total], "/alibi/total", to=INT64)
         keys = graph.call("Range", [number("zero", 0), total, number("one", 1)], "/alibi/keys")
-        last = graph.call("Sub", [total, number("step", 1)], "/alibi/last")
-        distances = graph.call("Cast", [graph.call("Sub", [last, keys], "/alibi/distances")], "/alibi/far", to=FLOAT)
-        slopes = -alibi.slopes(self.spec.attention.num_heads).reshape(1, -1, 1, 1)
-        row = graph.call("Mul", [distances, graph.constant("/alibi/slopes", slopes)], "/alibi/row")
-        length = graph.call("Gather", [self.shape, number("axis", [1])], "/alibi/length")
-        shape = graph.call("Concat", [number("ones", [1, 1]), length, number("any", [1])], "/alibi/shape", axis=0)
-        return graph.call("Expand", [row, shape], "/alibi")
+        here = positions(graph, "/alibi/positions", self.shape, self.seqlens)
+        queries = graph.call("Unsqueeze", [here, number("axes", [1, 3])], "/alibi/queries")
+        behind = graph.call("Sub", [keys, queries], "/alibi/behind")
+        distances = graph.call("Cast", [behind], "/alibi/distances", to=FLOAT)
+        slopes = alibi.slopes(self.spec.attention.num_heads).reshape(1, -1, 1, 1)
+        biases = graph.call("Mul", [distances, graph.constant("/alibi/slopes", slopes)], "/alibi")
+        return graph.cast(biases, "/alibi/narrow", before=np.float32, after=graph.compute)
 
     def layers(self, x: ir.Value) -> ir.Value:
         """All layers, and the norm at the end."""
@@ -208,7 +214,7 @@ class _Decoder:
         """What an output is added to, of the input as it came and normalised."""
         if not self.spec.norm.residual_scale:
             return x
-        scale = self.graph.constant(f"{path(name)}/scale", np.array(self.spec.norm.residual_scale, np.float32))
+        scale = self.graph.number(f"{path(name)}/scale", self.spec.norm.residual_scale)
         return self.graph.call("Mul", [normed, scale], f"{path(name)}/residual")
 
     def layers_with_norms_after(self, x: ir.Value) -> ir.Value:
@@ -240,7 +246,7 @@ class _Decoder:
         if self.spec.norm.plus_one:
             weight = f"{name}.weight"
             load = self.lowering.load
-            return [self.graph.weight(weight, np.float32, (size,), lambda: load(weight).astype(np.float32) + 1)]
+            return [self.graph.weight(weight, self.graph.compute, (size,), lambda: load(weight).astype(np.float32) + 1)]
         kinds = ("weight", "bias") if self.spec.norm.kind == "layer" else ("weight",)
         return [self.lowering.weight([name], kind, (size,)) for kind in kinds]
 
@@ -266,7 +272,7 @@ class _Decoder:
         scales: list[ir.Value | None] = []
         if self.kv_int8:
             shape = (1, spec.num_kv_heads, 1, spec.head_dim)
-            scales = [None, *(self.lowering.weight([at], f"{kv}_scale", shape) for kv in "kv")]
+            scales = [None, *(self.lowering.weight([at], f"{kv}_scale", shape, np.float32) for kv in "kv")]
             quantized = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
         rotary = self.rotary[self.spec.rope_of(layer)] if self.rotary else [None, None]
         out, key, value = graph.node(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from llmc.builders.onnx_graph import MODEL
@@ -18,11 +20,14 @@ def state_name(index: int) -> str:
     return f"/layers/{index}"
 
 
-def with_states(folder: Path, num_layers: int) -> tuple[bytes, list[str]]:
+def with_states(folder: Path, num_layers: int, compute: npt.DTypeLike = np.float32) -> tuple[bytes, list[str]]:
     """The model of an engine folder, which also gives its states.
 
+    Args:
+        compute: The type that the engine computes in, which its states have.
+
     Returns:
-        The model, and the names of its new outputs, float32 [batch * length, hidden]: what goes into the first layer,
+        The model, and the names of its new outputs, [batch * length, hidden]: what goes into the first layer,
         and what comes out of each.
 
     Raises:
@@ -34,6 +39,6 @@ def with_states(folder: Path, num_layers: int) -> tuple[bytes, list[str]]:
     for name in names:
         if name not in values:
             raise EngineError(f"{folder} has no value '{name}': build the engine again with this version of llmc")
-        values[name].type = ir.TensorType(ir.DataType.FLOAT)
+        values[name].type = ir.TensorType(ir.DataType.from_numpy(np.dtype(compute)))
         model.graph.outputs.append(values[name])
     return ir.to_proto(model).SerializeToString(), names

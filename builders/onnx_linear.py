@@ -34,7 +34,9 @@ from llmc.spec import ModelSpec
 
 # As an accuracy_level.
 INT8_ARITHMETIC = 4
+HALF_ARITHMETIC = 2
 FLOAT_ARITHMETIC = 1
+_ARITHMETICS = {INT8_ARITHMETIC: "int8", HALF_ARITHMETIC: "float16", FLOAT_ARITHMETIC: "float32"}
 
 # What torch's functional.normalize takes for the length of a row of zeros.
 _SHORTEST = np.float32(1e-12)
@@ -53,8 +55,10 @@ class Lowering:
 
     Attributes:
         load: A tensor of the checkpoint by its canonical name.
-        accuracy_level: MatMulNBits' attribute: 4 lets it quantize its input to int8, 1 computes in float32.
+        accuracy_level: MatMulNBits' attribute: 4 lets it quantize its input to int8, 1 computes in float32, 2 in
+            float16.
         adapters: Linears take low-rank adapters as inputs of the graph (llmc/adapter.py).
+        fused_experts: Experts may be one operator (builders/onnx_moe.py).
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class Lowering:
         accuracy_level: int,
         *,
         adapters: bool = False,
+        fused_experts: bool = True,
     ) -> None:
         self.graph = graph
+        self.fused_experts = fused_experts
         self.adapters = adapters
         self._masks: dict[str, ir.Value] = {}
         self.load = load
@@ -179,7 +185,8 @@ class Lowering:
             total: Array = np.stack([np.concatenate(part) for part in parts]).sum(axis=0)
             return total
 
-        return self.graph.weight("+".join(f"{module}.shifted_bias" for module in modules), np.float32, (rows,), load)
+        name = "+".join(f"{module}.shifted_bias" for module in modules)
+        return self.graph.weight(name, self.graph.compute, (rows,), load)
 
     def _int8(self, modules: Modules, rows: int, columns: int) -> list[ir.Value]:
         """Weights int8 [in, out] and scales float32 [out]."""
@@ -269,9 +276,15 @@ class Lowering:
         modules: Modules,
         kind: str,
         shape: tuple[int, ...],
-        dtype: npt.DTypeLike = np.float32,
+        dtype: npt.DTypeLike | None = None,
     ) -> ir.Value:
-        """The tensors `kind` of `modules`, stacked, as one weight of `shape`; the same one whenever asked for again."""
+        """The tensors `kind` of `modules`, stacked, as one weight of `shape`; the same one whenever asked for again.
+
+        Args:
+            dtype: By default what the graph computes in.
+        """
+        dtype = self.graph.compute if dtype is None else np.dtype(dtype)
+        wide = np.promote_types(dtype, np.float32) if dtype.kind == "f" else dtype
         stored = "+".join(f"{module}.{kind}" for module in modules)
         key = f"{stored} {shape}"
         if key not in self._known:
@@ -279,17 +292,19 @@ class Lowering:
             name = stored if all(stored != known.split()[0] for known in self._known) else f"{stored}:{len(shape)}d"
 
             def load() -> Array:
-                parts = [self.load(f"{module}.{kind}").astype(dtype, copy=False) for module in modules]
+                parts = [self.load(f"{module}.{kind}").astype(wide, copy=False) for module in modules]
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
             self._known[key] = self.graph.weight(name, dtype, shape, load, stored=stored)
         return self._known[key]
 
 
-def kernel(form: WeightFormat | None, inputs: ActivationFormat | None, accuracy_level: int) -> tuple[str, str]:
+def kernel(
+    form: WeightFormat | None, inputs: ActivationFormat | None, accuracy_level: int, compute: str
+) -> tuple[str, str]:
     """A format of matrices and what computes them, for people."""
     if form is None:
-        return "float32", "Gemm in float32"
+        return compute, f"Gemm in {compute}"
     label = f"fp8, a scale {'for all' if form.per_tensor else 'for each row'}" if form.kind == "fp8" else ""
     label = label or f"int{form.bits} " + (f"group {form.group_size}" if form.group_size else "rows")
     if inputs:
@@ -300,5 +315,4 @@ def kernel(form: WeightFormat | None, inputs: ActivationFormat | None, accuracy_
         return label, f"{product} in float32: the CPU multiplies no fp8, and weights are widened when the engine opens"
     if form.group_size == 0:
         return label, "MatMulIntegerToFloat, products in int8"
-    is_int8 = inputs or accuracy_level == INT8_ARITHMETIC
-    return label, f"MatMulNBits, products in {'int8' if is_int8 else 'float32'}"
+    return label, f"MatMulNBits, products in {_ARITHMETICS[INT8_ARITHMETIC if inputs else accuracy_level]}"

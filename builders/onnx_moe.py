@@ -50,6 +50,8 @@ def mixture(lowering: Lowering, spec: ModelSpec, moe: Moe, mlp: DrawMlp, x: ir.V
 
 def _common_format(lowering: Lowering, spec: ModelSpec, moe: Moe, at: str) -> WeightFormat | None:
     """The format of all experts if QMoE can compute them, and as exactly as was asked for; else None."""
+    if not lowering.fused_experts:
+        return None
     found = {
         lowering.format(f"{at}.experts.{expert}.{name}")
         for expert in range(moe.num_experts)
@@ -123,11 +125,14 @@ def one_by_one(
     def number(name: str, values: Any) -> ir.Value:
         return graph.constant(f"{here}/{name}", np.array(values))
 
+    # In float32, as transformers does it whatever the rest computes in: who is chosen must not hang on rounding.
+    scores = graph.cast(scores, f"{here}/scores", before=graph.compute, after=np.float32)
     softmax = graph.call("Softmax", [scores], f"{here}/softmax", axis=-1)
     weights, chosen = graph.node("TopK", [softmax, number("top_k", [moe.top_k])], f"{here}/top", outputs=2)
     if moe.renormalise:
         total = graph.call("ReduceSum", [weights, number("last", [-1])], f"{here}/total")
         weights = graph.call("Div", [weights, total], f"{here}/weights")
+    weights = graph.cast(weights, f"{here}/narrow", before=np.float32, after=graph.compute)
     flat, width = number("flat", [-1]), number("width", moe.top_k)
     chosen = graph.call("Reshape", [chosen, flat], f"{here}/chosen")
     made, places = [], []

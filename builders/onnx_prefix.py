@@ -77,7 +77,7 @@ class Prefixes:
         before = graph.call("LessOrEqual", [keys, queries], "/prefix/before")
         inside = graph.call("Less", [keys, length], "/prefix/inside")
         seen = graph.call("Or", [before, inside], "/prefix/seen")
-        nothing, far = (self.number(name, np.float32(x)) for name, x in (("nothing", 0), ("far", -np.inf)))
+        nothing, far = (self.number(name, graph.compute.type(x)) for name, x in (("nothing", 0), ("far", -np.inf)))
         bias = graph.call("Where", [seen, nothing, far], "/prefix/bias")
         return graph.call("Unsqueeze", [bias, self.number("heads", [1])], "/prefix/bias_of_heads")
 

@@ -22,6 +22,11 @@ from llmc.spec import ModelSpec
 
 NAME = "engine.json"
 
+DeviceName = Literal["cpu", "cuda"]
+CacheType = Literal["float32", "float16", "int8"]
+
+_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
 
 class Engine(Strict):
     """The contents of `engine.json`.
@@ -29,6 +34,8 @@ class Engine(Strict):
     Attributes:
         backend: Which runner opens it (llmc/serve/runners).
         max_length: Tokens of the longest sequence, prompt and output together.
+        device: What it was built for.
+        compute: The type of what goes from layer to layer.
         kv_cache: How keys and values are kept.
         lora: Low-rank adapters can be served beside the model.
         weights: How matrices are stored, and how many in each way: for people.
@@ -38,7 +45,9 @@ class Engine(Strict):
     backend: Literal["ort"]
     spec: ModelSpec
     max_length: PositiveInt
-    kv_cache: Literal["float32", "int8"]
+    device: DeviceName = "cpu"
+    compute: Literal["float32", "float16"] = "float32"
+    kv_cache: CacheType
     weights: dict[str, int]
     kernels: dict[str, str] = {}
     lora: bool = False
@@ -46,7 +55,7 @@ class Engine(Strict):
     @property
     def cache_token_bytes(self) -> int:
         """Bytes of the keys and values of one token, in all layers."""
-        return 2 * self.spec.num_layers * self.spec.kv_size * (1 if self.kv_cache == "int8" else 4)
+        return 2 * self.spec.num_layers * self.spec.kv_size * _BYTES[self.kv_cache]
 
     def save(self, folder: Path) -> None:
         (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -141,7 +141,7 @@ def _states_of(folder: Path) -> Callable[[Any], Any]:
     from llmc.serve.runners.ort_states import open_states
 
     engine = describe(folder)  # whose bytes were compared when its runner was opened
-    return open_states(folder, engine, *with_states(folder, engine.spec.num_layers))
+    return open_states(folder, engine, *with_states(folder, engine.spec.num_layers, engine.compute))
 
 
 _OPEN: dict[str, Callable[[str, Path, int | None], Any]] = {

@@ -1,16 +1,16 @@
-"""Runs an ONNX Runtime engine on the CPU.
+"""Runs an ONNX Runtime engine.
 
-One KV cache for all sequences is reserved at the start and touched only as it fills. A step is one run for all chunks
-of a single token (one batch in the first slots) and one run for each longer chunk: GroupQueryAttention takes several
-tokens with a past for one sequence only. Keys and values are written in place, because past and present are bound to
-the same memory.
+One KV cache for all sequences is reserved at the start (serve/runners/caches.py). A step is one run for all chunks of a
+single token (one batch in the first slots) and one run for each longer chunk: on a CPU, GroupQueryAttention takes
+several tokens with a past for one sequence only. Keys and values are written in place, because past and present are
+bound to the same memory; all else goes in and comes out as arrays of this machine's.
 
-Knows onnxruntime and the engine's inputs (builders/onnx_decoder.py). Does not know requests, or how tokens are chosen.
+Knows onnxruntime and the engine's inputs (builders/onnx_decoder.py). Does not know requests, or how tokens are chosen,
+or where it is computed (serve/runners/ort_devices.py).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,68 +28,28 @@ from llmc.need import need
 from llmc.runtime import Chunk, Limits, Logits
 from llmc.serve import invariance
 from llmc.serve.runners.ort_adapters import NONE, Adapters, Span
+from llmc.serve.runners.ort_devices import DEVICES, Device, open_session
 from llmc.serve.runners.slots import SlotTable
 
 Array = npt.NDArray[Any]
 
-MODEL = "model.onnx"
 LOGITS, HIDDEN = "logits", "hidden"
 DEFAULT_SEQUENCES = 16
 BINDINGS = 256  # kept at most: there are as many as sizes of batches, times sets of adapters
 CACHE_SHARE = 0.5  # of the memory that is free when the engine is opened
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python from 3.13 on
-
-
-class Cache:
-    """Keys and values of every layer, [slots, kv_heads, max_length, head_dim] each, in lazily touched memory."""
-
-    def __init__(self, engine: Engine, slots: int) -> None:
-        attention = engine.spec.attention
-        self.shape = (slots, attention.num_kv_heads, engine.max_length, attention.head_dim)
-        self.dtype = np.dtype(np.int8 if engine.kv_cache == "int8" else np.float32)
-        self._slot_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
-        names = [f"{layer}.{kind}" for layer in range(engine.spec.num_layers) for kind in ("key", "value")]
-        self._maps = {name: _reserve(slots * self._slot_bytes) for name in names}
-        self.arrays: dict[str, Array] = {
-            name: np.frombuffer(memory, self.dtype, count=int(np.prod(self.shape))).reshape(self.shape)
-            for name, memory in self._maps.items()
-        }
-
-    def copy(self, source: int, target: int, count: int) -> None:
-        for array in self.arrays.values():
-            array[target, :, :count] = array[source, :, :count]
-
-    def exchange(self, a: int, b: int, count_a: int, count_b: int) -> None:
-        for array in self.arrays.values():
-            kept = array[a, :, :count_a].copy()
-            array[a, :, :count_b] = array[b, :, :count_b]
-            array[b, :, :count_a] = kept
-
-    def drop(self, slot: int, keep: int) -> None:
-        heads, token_bytes = self.shape[1], self.dtype.itemsize * self.shape[3]
-        first = slot * self._slot_bytes
-        size = self._slot_bytes // heads if keep else self._slot_bytes
-        for begin in range(first, first + self._slot_bytes, size):
-            # Whole pages only; what is left of a page at either end stays resident.
-            low = -(-(begin + keep * token_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-            high = (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE
-            if high > low:
-                for memory in self._maps.values():
-                    memory.madvise(mmap.MADV_DONTNEED, low, high - low)
-
-
-def _reserve(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    # A huge page would make the first token of every head of every slot cost 2 MiB.
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory
 
 
 @dataclass(slots=True)
 class _DecodeBatch:
-    """Everything that a batch of single tokens needs again in every step, bound once."""
+    """Everything that a batch of single tokens needs again in every step.
+
+    Attributes:
+        inputs: What changes from step to step, to be bound again: binding copies it where a device computes.
+        keep: What the binding refers to.
+    """
 
     binding: Any
+    inputs: dict[str, Any]
     tokens: Array
     seqlens: Array
     total: Array
@@ -115,7 +75,7 @@ class OrtRunner:
         self._adapters = Adapters(engine.spec, [each.name for each in session.get_inputs()], adapters)
         self._session = session
         self._limits = limits
-        self._cache = Cache(engine, limits.max_sequences)
+        self._cache = DEVICES[engine.device].cache(engine, limits.max_sequences)
         self._deterministic = deterministic
         block = invariance.BLOCK if deterministic else None
         self._table = SlotTable(
@@ -185,6 +145,8 @@ class OrtRunner:
         batch.seqlens[:] = [chunk.start for chunk in order]
         batch.total[...] = batch.seqlens.max() + 1
         batch.prefix[:] = [self._table[chunk.sequence_id].span for chunk in order]
+        for name, value in batch.inputs.items():
+            batch.binding.bind_ortvalue_input(name, value)
         self._session.run_with_iobinding(batch.binding)
         for row, chunk in enumerate(order):
             results[chunk.sequence_id] = batch.logits[row : row + chunk.logits]
@@ -217,32 +179,23 @@ class OrtRunner:
         del keep
         return found[len(found) - chunk.logits :]
 
-    def _bind(self, binding: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> list[Any]:
-        """Bind inputs and outputs; the result must live as long as the binding is run with them.
+    def _bind(self, binding: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Any]:
+        """Bind inputs and outputs; the result, by name, must live as long as the binding is run with them.
 
         Args:
             inputs: Among them the prefix, which most engines do not ask for.
         """
-        keep = []
-        for name, values in inputs.items():
-            if name == "prefix" and self._limits.prefix_end is None:
-                continue
-            keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
-            binding.bind_ortvalue_input(name, keep[-1])
-        for name, values in outputs.items():
-            keep.append(self._ort.OrtValue.ortvalue_from_numpy(values))
-            binding.bind_ortvalue_output(name, keep[-1])
-        return keep
+        if self._limits.prefix_end is None:
+            inputs = {name: values for name, values in inputs.items() if name != "prefix"}
+        found = {name: self._ort.OrtValue.ortvalue_from_numpy(each) for name, each in (inputs | outputs).items()}
+        for name, value in found.items():
+            (binding.bind_ortvalue_input if name in inputs else binding.bind_ortvalue_output)(name, value)
+        return found
 
     def _bind_slots(self, first: int, count: int, span: Span = NONE) -> tuple[Any, list[Any]]:
         """A binding whose caches are `count` slots from `first` on, with the adapters of a span."""
         binding = self._session.io_binding()
-        keep = self._bind(binding, self._adapters.stacks(span), {})
-        for name, array in self._cache.arrays.items():
-            value = self._ort.OrtValue.ortvalue_from_numpy(array[first : first + count])
-            binding.bind_ortvalue_input(f"past.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
-            keep.append(value)
+        keep = [self._bind(binding, self._adapters.stacks(span), {}), self._cache.bind(binding, first, count)]
         return binding, keep
 
     def _bind_decode_batch(self, count: int, span: Span) -> _DecodeBatch:
@@ -253,14 +206,15 @@ class OrtRunner:
         prefix = np.zeros((count, 2), np.int64)
         inputs: dict[str, Array] = {
             "tokens": tokens,
-            "rows": np.arange(count),
             "seqlens_k": seqlens,
             "total_sequence_length": total,
             "prefix": prefix,
             **masks,
         }
-        keep += self._bind(binding, inputs, {LOGITS: logits})
-        return _DecodeBatch(binding, tokens, seqlens, total, prefix, logits, masks, keep)
+        keep.append(self._bind(binding, {"rows": np.arange(count)}, {LOGITS: logits}))
+        return _DecodeBatch(
+            binding, self._bind(binding, inputs, {}), tokens, seqlens, total, prefix, logits, masks, keep
+        )
 
 
 def open_runner(
@@ -281,15 +235,15 @@ def open_runner(
     options.log_severity_level = 3
     # Without VNNI, sums of two products of unsigned and signed bytes overflow 16 bits: take slower products there.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        session = ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {folder / MODEL}: {error}") from error
+    session, device = open_session(folder, engine, options), DEVICES[engine.device]
+    affordable = cache_tokens or _affordable_tokens(engine, device)
     sequences = max_sequences or DEFAULT_SEQUENCES
+    if not device.is_lazy:
+        sequences = _fitting(engine, max_sequences, affordable)
     limits = Limits(
         max_sequences=sequences,
         max_length=engine.max_length,
-        cache_tokens=min(sequences * engine.max_length, cache_tokens or _affordable_tokens(engine)),
+        cache_tokens=min(sequences * engine.max_length, affordable),
         vocab_size=engine.spec.vocab_size,
         prefix_end=engine.spec.prefix.end if engine.spec.prefix else None,
         token_bytes=engine.cache_token_bytes,
@@ -300,14 +254,22 @@ def open_runner(
     return OrtRunner(session, engine, limits, deterministic=deterministic, adapters=adapters)
 
 
-def _affordable_tokens(engine: Engine) -> int:
+def _affordable_tokens(engine: Engine, device: Device) -> int:
     """Tokens whose keys and values fit in a share of the memory that is free now, at least those of one sequence."""
-    return max(engine.max_length, int(CACHE_SHARE * _available_memory()) // engine.cache_token_bytes)
+    return max(engine.max_length, int(CACHE_SHARE * device.free_memory()) // engine.cache_token_bytes)
 
 
-def _available_memory() -> int:
-    """Bytes that can be had without swapping; the page cache counts, because it gives way (Linux, proc(5))."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+def _fitting(engine: Engine, max_sequences: int | None, cache_tokens: int) -> int:
+    """How many sequences of the greatest length so many tokens are, at most those asked for.
+
+    Raises:
+        EngineError: Fewer than were asked for.
+    """
+    fitting = cache_tokens // engine.max_length
+    if fitting < (max_sequences or 1):
+        raise EngineError(
+            f"on {engine.device} every sequence has room for {engine.max_length} tokens from the start, and "
+            f"{max_sequences or 1} of them do not fit in a KV cache of {cache_tokens} tokens: serve fewer "
+            "(--max-sequences), or build the engine with a smaller --max-length"
+        )
+    return max_sequences or min(fitting, DEFAULT_SEQUENCES)

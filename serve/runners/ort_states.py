@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from llmc import prefix
 from llmc.engine import Engine
-from llmc.errors import EngineError
 from llmc.need import need
 from llmc.runtime import Tokens
+from llmc.serve.runners.ort_devices import open_session
 
 # The option by which a model that is no file finds its weights.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -43,12 +43,9 @@ def open_states(folder: Path, engine: Engine, model: bytes, names: Sequence[str]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EngineError(f"ONNX Runtime {ort.__version__} cannot open a copy of {folder}: {error}") from error
+    session = open_session(folder, engine, options, model)
     attention = engine.spec.attention
-    dtype = np.int8 if engine.kv_cache == "int8" else np.float32
+    dtype = np.dtype(engine.kv_cache)
     caches = [f"past.{layer}.{kind}" for layer in range(engine.spec.num_layers) for kind in ("key", "value")]
 
     def states(tokens: Tokens) -> States:
@@ -63,7 +60,6 @@ def open_states(folder: Path, engine: Engine, model: bytes, names: Sequence[str]
         }
         if engine.spec.prefix:
             inputs["prefix"] = np.array([prefix.find(engine.spec.prefix, tokens)])
-        found: States = session.run(list(names), inputs)
-        return found
+        return [state.astype(np.float32, copy=False) for state in session.run(list(names), inputs)]
 
     return states

@@ -17,7 +17,7 @@ from llmc.engine import describe, open_engine
 from llmc.errors import EngineError, ManifestError, UserError
 from llmc.runtime import Chunk
 from llmc.serve.runners import open_runner
-from llmc.serve.runners.ort import Cache
+from llmc.serve.runners.caches import HostCache
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -51,7 +51,12 @@ def test_the_folder_is_all_a_server_needs(engine: Path, tiny_checkpoint: Callabl
     }
     manifest = manifests.read(engine, "engine")
     assert manifest.parents[0].sha256 == manifests.sha256_of(tiny_checkpoint("qwen2.5-tied") / "manifest.json")
-    assert manifest.settings == {"max_length": 256, "kv_cache": "float32", "arithmetic": "int8"}
+    assert manifest.settings == {
+        "max_length": 256,
+        "device": "cpu",
+        "kv_cache": "float32",
+        "arithmetic": "int8",
+    }
 
 
 def test_every_node_has_a_path(engine: Path) -> None:
@@ -145,7 +150,7 @@ def test_the_cache_s_memory_is_bounded_and_known(engine: Path, monkeypatch: pyte
 
 def test_memory_behind_what_is_kept_is_given_back(engine: Path) -> None:
     """Whole pages behind the kept tokens read as zero again, and no other byte changes."""
-    cache = Cache(describe(engine).model_copy(update={"max_length": 4096}), slots=3)
+    cache = HostCache(describe(engine).model_copy(update={"max_length": 4096}), slots=3)
     for array in cache.arrays.values():
         array[:] = 1
     cache.drop(1, 100)

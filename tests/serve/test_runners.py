@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from devices import cpu_as_a_device
 
 from llmc.runtime import Runner
 from llmc.serve.engine import Engine
@@ -37,6 +38,12 @@ def onnx(checkpoint: Path, folder: Path) -> Runner:
     return open_runner(folder, threads=1, max_sequences=5, cache_tokens=200)
 
 
+def onnx_with_a_device_s_cache(checkpoint: Path, folder: Path) -> Runner:
+    with pytest.MonkeyPatch.context() as patch:
+        cpu_as_a_device(patch)
+        return onnx(checkpoint, folder)
+
+
 def truth(name: str, prompts: list[tuple[int, ...]], counts: list[int], ends: frozenset[int]) -> list[list[int]]:
     import torch
 
@@ -51,7 +58,7 @@ def truth(name: str, prompts: list[tuple[int, ...]], counts: list[int], ends: fr
     return found
 
 
-@pytest.mark.parametrize("make", [reference, onnx])
+@pytest.mark.parametrize("make", [reference, onnx, onnx_with_a_device_s_cache])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_arrivals_give_transformers_tokens(
     name: str, make: Callable[[Path, Path], Runner], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
@@ -86,4 +93,4 @@ def test_random_arrivals_give_transformers_tokens(
         assert texts[number] == tokenizer.decode(tokens)
     assert engine.stats.failed_steps == 0
     shared: Any = engine.stats.prefix_hits
-    assert (shared > 0) == (make is onnx)
+    assert (shared > 0) == (make is not reference)

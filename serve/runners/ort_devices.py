@@ -29,6 +29,7 @@ class Device:
         free_memory: Bytes that the cache may share.
         is_lazy: The cache takes memory only as it fills; else all its slots must fit from the start.
         extra: Of setup.cfg, that brings what it needs.
+        libraries: The module that brings the device's own: onnxruntime finds them once it has been imported.
     """
 
     provider: str
@@ -36,6 +37,7 @@ class Device:
     free_memory: Callable[[], int]
     is_lazy: bool
     extra: str
+    libraries: str = "onnxruntime"
 
 
 DEVICES: dict[str, Device] = {
@@ -46,6 +48,7 @@ DEVICES: dict[str, Device] = {
         cuda_memory,
         is_lazy=False,
         extra="serve-cuda",
+        libraries="torch",
     ),
 }
 
@@ -83,6 +86,9 @@ def open_session(folder: Path, engine: Engine, options: Any, model: bytes | None
     ort, device = need("onnxruntime"), DEVICES[engine.device]
     if device.provider not in ort.get_available_providers():
         raise _no_device(folder, engine, f"onnxruntime {ort.__version__} here has no {device.provider}")
+    if not installed(device.libraries):
+        raise _no_device(folder, engine, f"'{device.libraries}' is not installed here")
+    need(device.libraries)
     providers: Sequence[str] = list(dict.fromkeys([device.provider, DEVICES["cpu"].provider]))
     try:
         session = ort.InferenceSession(model or folder / MODEL, options, providers=providers)

@@ -61,8 +61,9 @@ def test_dev_takes_every_extra_that_installs_everywhere() -> None:
     assert set(own[1].split(",")) == extras().keys() - {"dev", "oracles", "ray", "serve-cuda", "tensorrt-llm"}
 
 
-def test_serve_and_serve_cuda_differ_in_the_runtime_alone() -> None:
-    assert extras()["serve"] == extras()["serve-cuda"]
+def test_serve_cuda_is_serve_with_the_runtime_for_it_and_torch() -> None:
+    assert extras()["serve-cuda"] - extras()["serve"] == {"torch"}
+    assert extras()["serve"] < extras()["serve-cuda"]
 
 
 def test_a_missing_module_is_an_error_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,13 @@ def test_an_engine_for_cuda_where_onnxruntime_has_none(cuda_engine: Path, monkey
     assert f"llmc build-engine CHECKPOINT {cuda_engine} --device cpu --overwrite" in str(error.value)
 
 
+def test_an_engine_for_cuda_where_torch_is_missing(cuda_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort_devices, "installed", lambda module: module != "torch")
+    with pytest.raises(EngineError, match=r"'torch' is not installed here: install .llmc-toolkit\[serve-cuda\]"):
+        open_runner(cuda_engine)
+
+
 def test_onnxruntime_s_silent_fall_back_to_the_cpu_is_refused(
     cuda_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

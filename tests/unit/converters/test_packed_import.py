@@ -54,7 +54,6 @@ def folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Folder:
 
 def computes_the_same(found: Path, packed: Path, dense: Path) -> None:
     """What llmc read, and what the layout's own means give."""
-    (packed / "manifest.json").touch()
     theirs = tiny.load(packed_folders.dequantize(packed, dense)).float()
     with torch.no_grad():
         expected = theirs(TOKENS).logits
@@ -154,16 +153,11 @@ def refusals() -> dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], objec
     """What is wrong -> layout, edit, error and a piece of what it says."""
     unsupported, damaged = UnsupportedModelError, CheckpointError
 
-    def act_order(tensors: Tensors, config: dict[str, Any]) -> None:
-        config["desc_act"] = True
-        tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"].flip(0)
-
     def router(tensors: Tensors, _: object) -> None:
         for part in ("qweight", "qzeros", "scales", "g_idx"):
             tensors[f"model.layers.0.block_sparse_moe.gate.{part}"] = tensors[f"{Q}.{part}"]
 
     return {
-        "act-order": ("gptq", act_order, unsupported, r"'model\.layers\.0\.self_attn\.q_proj': .*act-order"),
         "a packed router": ("gptq", router, unsupported, r"gate' is packed"),
         "3 bits": ("gptq", lambda _, config: config.update(bits=3), unsupported, "'bits' is 3"),
         "an odd size of group": ("gptq", lambda _, c: c.update(group_size=40), unsupported, "groups of 40 inputs"),

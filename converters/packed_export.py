@@ -21,7 +21,7 @@ import numpy as np
 from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.converters import hf, native
-from llmc.converters.layouts import Grid, Layout, Linear, Matrix, middle
+from llmc.converters.layouts import SCATTERED, Grid, Layout, Linear, Matrix, middle
 from llmc.converters.rules import Bound, Family, Progress, bind, source_names
 from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
@@ -141,7 +141,7 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe, found: Checkpoint) 
         return _Item(bound, reason="inputs that are multiplied before they are rounded")
     orders = [found.get(f"{name.removesuffix('weight')}input_order") for name in bound.ours]
     if orders[0] is not None and layout.groups is None:
-        return _Item(bound, reason="groups that are scattered over the inputs (act-order)")
+        return _Item(bound, reason=SCATTERED)
     if len({None if order is None else order.tobytes() for order in orders}) > 1:
         return _Item(bound, reason="linears in one whose groups are of different inputs")
     if layout.rounded != (form.kind == "fp8" or inputs is not None):

@@ -151,8 +151,8 @@ def _open(packing: Packing, item: Bound, infos: Mapping[str, TensorInfo], where:
     if not all(names.is_matrix(name, shape) for name, shape in zip(item.ours, item.shapes, strict=True)):
         raise UnsupportedModelError(f"{where}: '{module}' is packed, and llmc keeps such a tensor in full")
     rows, columns = sum(shape[0] for shape in item.shapes), item.shapes[0][1]
-    multiplied = f"{module}.{layout.multiply}" in infos
-    linear = Linear(rows, columns, packing.grid(module), item.rule.op.rows is not None, multiplied)
+    multiplied, ordered = (f"{module}.{suffix}" in infos for suffix in (layout.multiply, layout.groups))
+    linear = Linear(rows, columns, packing.grid(module), item.rule.op.rows is not None, multiplied, ordered)
     plan = layout.plan(linear)
     found = {suffix: infos[f"{module}.{suffix}"] for suffix in plan if f"{module}.{suffix}" in infos}
     for suffix, info in plan.items():

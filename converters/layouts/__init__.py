@@ -100,6 +100,9 @@ class Matrix:
     groups: Array | None = None
 
 
+# What a layout lacks that has no place for linears that are ordered.
+SCATTERED = "groups that are scattered over the inputs (act-order)"
+
 # quantization_config, and the other JSON files of a folder by their names.
 Config = dict[str, Any]
 Files = dict[str, Config]

@@ -177,7 +177,7 @@ class QuantRecipe(Strict):
         return self.inputs_of(matrix) is not None and _fits(matrix, self.shifted)
 
     def is_ordered(self, matrix: str) -> bool:
-        """Whether a linear's input is put into another order first."""
+        """Whether a linear's input is put into another order first. The embedding's input has none."""
         form = self.format_of(matrix) if matrix != "embed" else None
         return form is not None and form.group_size > 0 and _fits(matrix, self.ordered)
 

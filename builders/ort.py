@@ -127,7 +127,9 @@ def _formats(checkpoint: Checkpoint, accuracy_level: int) -> tuple[dict[str, int
     for matrix in names.matrices(checkpoint.spec):
         forms = (recipe.format_of(matrix), recipe.inputs_of(matrix)) if recipe else (None, None)
         label, kernel = onnx_linear.kernel(*forms, accuracy_level)
-        if checkpoint.spec.moe and forms[1] is None:
+        if recipe and recipe.is_ordered(matrix):
+            label, kernel = f"{label} in act-order", f"Gather of the inputs, {kernel}"
+        elif checkpoint.spec.moe and forms[1] is None:
             kernel = kernel.replace("MatMulNBits", "MatMulNBits (of whole mixtures QMoE)")
         found[label] += 1
         kernels[label] = kernel

@@ -21,7 +21,7 @@ import numpy as np
 from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.converters import hf, native
-from llmc.converters.layouts import Grid, Layout, Linear, Matrix, middle
+from llmc.converters.layouts import SCATTERED, Grid, Layout, Linear, Matrix, middle
 from llmc.converters.rules import Bound, Family, Progress, bind, source_names
 from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
@@ -84,7 +84,7 @@ def export(
             "build-engine has, or quantize without --shift"
         )
     family, spec = native.form(found, ours=False)
-    planned = [(layout, _items(layout, family, spec, recipe)) for layout in layouts]
+    planned = [(layout, _items(layout, family, spec, recipe, found)) for layout in layouts]
     layout, items = max(planned, key=lambda plan: sum(item.linear is not None for item in plan[1]))
     linears = {item.module: item.linear for item in items if item.linear}
     if not linears:
@@ -114,9 +114,9 @@ def export(
     return made
 
 
-def _items(layout: Layout, family: Family, spec: ModelSpec, recipe: QuantRecipe) -> list[_Item]:
+def _items(layout: Layout, family: Family, spec: ModelSpec, recipe: QuantRecipe, found: Checkpoint) -> list[_Item]:
     """Every tensor of the family; what a layout without mixtures has packed has the most frequent grid."""
-    items = [_item(layout, bound, recipe) for bound in bind(family.rules, spec)]
+    items = [_item(layout, bound, recipe, found) for bound in bind(family.rules, spec)]
     grids = [item.linear.grid for item in items if item.linear]
     if layout.mixes or not grids:
         return items
@@ -126,7 +126,7 @@ def _items(layout: Layout, family: Family, spec: ModelSpec, recipe: QuantRecipe)
     return [replace(item, linear=None, reason=other) if item.module in rest else item for item in items]
 
 
-def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
+def _item(layout: Layout, bound: Bound, recipe: QuantRecipe, found: Checkpoint) -> _Item:
     forms = {_form(name, shape, recipe) for name, shape in zip(bound.ours, bound.shapes, strict=True)}
     if forms == {None}:
         return _Item(bound)
@@ -139,6 +139,11 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
     inputs = recipe.inputs_of(module)
     if recipe.is_multiplied(module) and layout.multiply is None:
         return _Item(bound, reason="inputs that are multiplied before they are rounded")
+    orders = [found.get(f"{name.removesuffix('weight')}input_order") for name in bound.ours]
+    if orders[0] is not None and layout.groups is None:
+        return _Item(bound, reason=SCATTERED)
+    if len({None if order is None else order.tobytes() for order in orders}) > 1:
+        return _Item(bound, reason="linears in one whose groups are of different inputs")
     if layout.rounded != (form.kind == "fp8" or inputs is not None):
         return _Item(bound, reason=_NOT_ITS_KIND[layout.rounded])
     if form.per_tensor and len(bound.ours) > 1:
@@ -146,7 +151,7 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
     grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
     rows, columns = sum(shape[0] for shape in bound.shapes), bound.shapes[0][1]
     turned, multiplied = bound.rule.op.rows is not None, recipe.is_multiplied(module)
-    linear = Linear(rows, columns, grid, turned, multiplied)
+    linear = Linear(rows, columns, grid, turned, multiplied, orders[0] is not None)
     reason = layout.lacks(linear)
     return _Item(bound, reason=reason) if reason else _Item(bound, linear)
 
@@ -220,13 +225,16 @@ def _matrix(found: Checkpoint, item: _Item, linear: Linear) -> Matrix:
     codes = [pack.unpack_codes(part, bits, linear.groups * size) for part in stored]
     scale = [found[f"{module}.scale"] for module in modules]
     whole = join([part[:, : linear.in_features] for part in codes], found.spec)
+    order, groups = found.get(f"{modules[0]}.input_order"), None
+    if order is not None:
+        back = np.argsort(order)
+        whole, groups = np.take(whole, back, axis=1), linear.runs[back]
     if linear.grid.symmetric:
         # Linears in one read the same input, and treat it alike (llmc/quant/inputs.py).
-        of_input = [f"{modules[0]}.{kind}" for kind in ("input_scale", "input_multiply")]
-        input_scale, multiply = (found[name] if name in found.infos else None for name in of_input)
-        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply)
+        input_scale, multiply = (found.get(f"{modules[0]}.{kind}") for kind in ("input_scale", "input_multiply"))
+        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply, groups)
     zero = [pack.unpack_codes(found[f"{module}.zero"], bits, linear.groups) for module in modules]
-    return Matrix(whole, join(scale, found.spec), join(zero, found.spec))
+    return Matrix(whole, join(scale, found.spec), join(zero, found.spec), groups=groups)
 
 
 def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
@@ -237,9 +245,10 @@ def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
     form = found.recipe.format_of(module) if found.recipe else None
     if form is None:
         raise CheckpointError(f"{found.folder} has no tensor '{name}'")
-    zero = None if form.symmetric else found[f"{module}.zero"]
     columns = names.tensors(found.spec)[name][1]
-    values = pack.dequantize(found[f"{module}.qweight"], found[f"{module}.scale"], zero, form, columns)
+    qweight, scale = found[f"{module}.qweight"], found[f"{module}.scale"]
+    zero, order = found.get(f"{module}.zero"), found.get(f"{module}.input_order")
+    values = pack.dequantize(qweight, scale, zero, form, columns, order=order)
     if (multiply := f"{module}.input_multiply") in found:
         values *= found[multiply]
     return values.astype(dtype, copy=False)

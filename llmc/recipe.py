@@ -19,7 +19,7 @@ from llmc.config import Strict
 from llmc.tensors import TensorInfo
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_FLOAT = np.dtype(np.float32)
+_FLOAT, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 
 
 class WeightFormat(Strict):
@@ -109,6 +109,7 @@ class QuantRecipe(Strict):
         activations: Format of what the quantized linears of the layers read, None for the compute type.
         multiplied: Globs of those linears whose input is multiplied by a vector before it is rounded.
         shifted: Globs of those whose input has a vector taken away first.
+        ordered: Globs of linears whose groups are of inputs in another order than the model's (GPTQ's act-order).
         kv_cache: Format of the KV cache, None for the compute type.
         options: What else the algorithm was told.
     """
@@ -121,6 +122,7 @@ class QuantRecipe(Strict):
     activations: ActivationFormat | None = None
     multiplied: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
     kv_cache: KVCacheFormat | None = None
     options: dict[str, Any] = {}
 
@@ -133,6 +135,8 @@ class QuantRecipe(Strict):
     @model_validator(mode="after")
     def _is_computed(self) -> QuantRecipe:
         """Only what some kernel computes."""
+        if self.ordered and self.activations:
+            raise ValueError("inputs that are rounded are in the model's own order")
         if self.activations is None:
             if self.multiplied or self.shifted:
                 raise ValueError("inputs that are not rounded need no factor")
@@ -172,6 +176,11 @@ class QuantRecipe(Strict):
         """Whether a linear's input is shifted first."""
         return self.inputs_of(matrix) is not None and _fits(matrix, self.shifted)
 
+    def is_ordered(self, matrix: str) -> bool:
+        """Whether a linear's input is put into another order first. The embedding's input has none."""
+        form = self.format_of(matrix) if matrix != "embed" else None
+        return form is not None and form.group_size > 0 and _fits(matrix, self.ordered)
+
 
 def _fits(matrix: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(matrix, glob) for glob in globs)
@@ -192,6 +201,7 @@ def packed_plan(
         M.input_bias      float32 [out]   ((x - input_shift) * input_multiply) W^T + bias + input_bias
         M.input_multiply  float32 [in]    where the recipe says so
         M.input_scale     float32 [1]     where activations have a static scale
+        M.input_order     int32   [in]    where the recipe says so: columns of codes are those of x[input_order]
 
     and a layer's k and v projections are followed by `layers.N.attn.{k,v}_scale` float32 [kv_heads * head_dim] when
     the KV cache has a format with stored scales (all channels of a head have the same when it has one). All else stays.
@@ -203,7 +213,7 @@ def packed_plan(
         found[name] = TensorInfo(info.dtype if info else np.dtype(np.float32), shape)
     else:
         found.update(_packed(module, shape, weight_format))
-        found.update({f"{module}.{kind}": TensorInfo(_FLOAT, size) for kind, size in _inputs(recipe, module, shape)})
+        found.update({f"{module}.{kind}": each for kind, each in _inputs(recipe, module, shape)})
     is_kv = kind == "weight" and module.endswith((".attn.k", ".attn.v"))
     if recipe and recipe.kv_cache and recipe.kv_cache.scale != "dynamic" and is_kv:
         found[f"{module}_scale"] = TensorInfo(np.dtype(np.float32), (shape[0],))
@@ -223,13 +233,15 @@ def _packed(module: str, shape: tuple[int, ...], form: WeightFormat) -> Iterator
         yield f"{module}.zero", TensorInfo(np.dtype(np.uint8), (rows, -(-groups * form.bits // 8)))
 
 
-def _inputs(recipe: QuantRecipe, module: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _inputs(recipe: QuantRecipe, module: str, shape: tuple[int, ...]) -> Iterator[tuple[str, TensorInfo]]:
     rows, columns = shape
     if recipe.is_shifted(module):
-        yield "input_shift", (columns,)
-        yield "input_bias", (rows,)
+        yield "input_shift", TensorInfo(_FLOAT, (columns,))
+        yield "input_bias", TensorInfo(_FLOAT, (rows,))
     if recipe.is_multiplied(module):
-        yield "input_multiply", (columns,)
+        yield "input_multiply", TensorInfo(_FLOAT, (columns,))
     form = recipe.inputs_of(module)
     if form and not form.dynamic:
-        yield "input_scale", (1,)
+        yield "input_scale", TensorInfo(_FLOAT, (1,))
+    if recipe.is_ordered(module):
+        yield "input_order", TensorInfo(_INT32, (columns,))

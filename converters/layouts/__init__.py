@@ -3,7 +3,7 @@
 A linear of [out, in] that is one `weight` in a folder of floating-point numbers is several tensors in one of these,
 named by suffixes: `qweight`, `scales` ... In between stands a `Matrix`, which every layout makes and takes:
 
-    value[r, c] = (codes[r, c] - zero[r, c // group_size]) * scale[r, c // group_size]
+    value[r, c] = (codes[r, c] - zero[r, group(c)]) * scale[r, group(c)]      group(c) = c // group_size, or groups[c]
 
 Knows: what a layout has to tell. Does not know: any of them, nor rules, nor checkpoints (packed_export.py,
 packed_import.py).
@@ -53,6 +53,7 @@ class Linear:
     Attributes:
         turned: Its family keeps linears as [in, out] (transformers' Conv1D).
         multiplied: Its input is multiplied by a vector before it is rounded.
+        ordered: Its groups are scattered over the inputs (act-order).
     """
 
     out_features: int
@@ -60,6 +61,7 @@ class Linear:
     grid: Grid
     turned: bool = False
     multiplied: bool = False
+    ordered: bool = False
 
     @property
     def groups(self) -> int:
@@ -70,6 +72,11 @@ class Linear:
     def is_ragged(self) -> bool:
         """Whether a row's last group is shorter than the others."""
         return self.groups > 1 and self.in_features % (self.grid.group_size or 1) > 0
+
+    @property
+    def runs(self) -> Array:
+        """The group of each input where none is scattered: int32 [in]."""
+        return np.arange(self.in_features, dtype=INT32) // INT32.type(self.grid.group_size or self.in_features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,7 @@ class Matrix:
         zero: uint8 [out, groups]; 2^(bits - 1) throughout when symmetric.
         input_scale: float32 [1], where all tokens share a scale.
         input_multiply: float32 [in], of a linear that is multiplied.
+        groups: int32 [in], the group of each input, of a linear that is ordered.
     """
 
     codes: Bytes
@@ -89,7 +97,11 @@ class Matrix:
     zero: Bytes
     input_scale: Floats | None = None
     input_multiply: Floats | None = None
+    groups: Array | None = None
 
+
+# What a layout lacks that has no place for linears that are ordered.
+SCATTERED = "groups that are scattered over the inputs (act-order)"
 
 # quantization_config, and the other JSON files of a folder by their names.
 Config = dict[str, Any]
@@ -113,6 +125,7 @@ class Layout:
         optional: Suffixes that a file may leave out.
         rounded: It is for linears of float8, and for those whose inputs are rounded, and for no others.
         multiply: The suffix of what an input is multiplied by, None when the layout has no place for it.
+        groups: The suffix of the inputs' groups, None when they are runs of inputs.
     """
 
     name: str
@@ -127,6 +140,7 @@ class Layout:
     optional: frozenset[str] = field(default=frozenset())
     rounded: bool = False
     multiply: str | None = None
+    groups: str | None = None
 
 
 def middle(linear: Linear) -> Bytes:

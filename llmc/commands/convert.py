@@ -50,8 +50,9 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
         groups = f"groups of {form.group_size}" if form.group_size else "one scale" if form.per_tensor else "rows"
         kind = "fp8" if form.kind == "fp8" else f"{form.bits} bits"
         inputs = made.recipe.activations
+        order = " in act-order" if made.recipe.ordered else ""
         rounded = f", inputs in {inputs.kind}" if inputs else ""
-        click.echo(f"  packed      {kind}, {groups}{rounded}: taken over as they are")
+        click.echo(f"  packed      {kind}, {groups}{order}{rounded}: taken over as they are")
         click.echo(f"next: llmc build-engine {out} ENGINE")
     else:
         click.echo(f"next: llmc quantize {out} OUT    (or: llmc build-engine {out} ENGINE)")

@@ -49,7 +49,7 @@ class Packed:
     scale: Floats
     zero: Bytes | None = None
     error: float | None = None
-    inputs: Mapping[str, Floats] = field(default_factory=dict)
+    inputs: Mapping[str, Array] = field(default_factory=dict)
 
     def pieces(self, module: str) -> Iterator[tuple[str, Array]]:
         """The tensors under their canonical names."""
@@ -82,21 +82,29 @@ def unpack_codes(packed: Bytes, bits: int, count: int) -> Bytes:
 
 
 def dequantize(
-    qweight: Array, scale: Floats, zero: Bytes | None, weight_format: WeightFormat, in_features: int
+    qweight: Array,
+    scale: Floats,
+    zero: Bytes | None,
+    weight_format: WeightFormat,
+    in_features: int,
+    *,
+    order: Array | None = None,
 ) -> Floats:
     """What a packed matrix stands for.
 
     Args:
         qweight, scale, zero: See `Packed`.
+        order: int32 [in_features], the input of each column as it is packed; None: they are in order.
 
     Returns:
         float32 [out, in_features].
     """
     packed = Packed(qweight, scale, zero)
     values = np.empty((len(qweight), in_features), np.float32)
+    columns = slice(None) if order is None else order
 
     def work(part: slice) -> None:
-        values[part] = dequantize_rows(packed, weight_format, in_features, part)
+        values[part, columns] = dequantize_rows(packed, weight_format, in_features, part)
 
     over_rows(work, len(qweight), in_features)
     return values

@@ -34,13 +34,14 @@ def test_every_format_is_written_and_read() -> None:
     bits=st.sampled_from([4, 8]),
     group_size=st.sampled_from([16, 32, 64, None]),
     symmetric=st.booleans(),
+    ordered=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_back_and_forth(
-    name: str, rows: int, columns: int, bits: int, group_size: int | None, symmetric: bool, seed: int
+    name: str, rows: int, columns: int, bits: int, group_size: int | None, symmetric: bool, ordered: bool, seed: int
 ) -> None:
-    layout, linear = ALL[name], Linear(rows, columns, Grid(bits, group_size, symmetric))
-    if layout.lacks(linear):
+    layout, linear = ALL[name], Linear(rows, columns, Grid(bits, group_size, symmetric), ordered=ordered)
+    if layout.lacks(linear) or (ordered and layout.groups is None):
         return
     draw = np.random.default_rng(seed)
     grid = (rows, linear.groups)
@@ -48,6 +49,7 @@ def test_back_and_forth(
         draw.integers(0, 1 << bits, (rows, columns), np.uint8),
         draw.uniform(1e-3, 1, grid).astype(np.float16).astype(np.float32),
         np.full(grid, 1 << (bits - 1), np.uint8) if symmetric else draw.integers(0, 1 << bits, grid, np.uint8),
+        groups=draw.permutation(linear.runs) if ordered else None,
     )
     parts = layout.pack(matrix, linear)
     assert {suffix: (info.dtype, info.shape) for suffix, info in layout.plan(linear).items()} == {
@@ -57,6 +59,7 @@ def test_back_and_forth(
     np.testing.assert_array_equal(found.codes, matrix.codes)
     np.testing.assert_array_equal(found.scale, matrix.scale)
     np.testing.assert_array_equal(found.zero, matrix.zero)
+    np.testing.assert_array_equal(found.groups, matrix.groups)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -30,7 +30,7 @@ from llmc.converters.layouts import Grid, Layout, Linear, Matrix
 from llmc.converters.rules import Bound, Tensors, through
 from llmc.errors import ArtifactError, CheckpointError, UnsupportedModelError
 from llmc.quant.pack import Bytes, Packed, pack_codes
-from llmc.recipe import FP8, QuantRecipe, WeightFormat
+from llmc.recipe import BLOCKS, FP8, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo, read_tensor
 
@@ -177,6 +177,8 @@ def _form(linear: Linear, module: str, where: object) -> WeightFormat:
     grid = linear.grid
     if grid.kind == "fp8":
         return WeightFormat(kind="fp8", bits=8, group_size=0, per_tensor=grid.per_tensor)
+    if blocks := BLOCKS.get(grid.kind):
+        return WeightFormat(kind=grid.kind, bits=blocks.bits, group_size=blocks.size)
     if grid.inputs and grid.group_size is None:
         return WeightFormat(bits=8, group_size=0)
     return WeightFormat(bits=grid.bits, group_size=_size(linear, module, where), symmetric=False)  # type: ignore[arg-type]
@@ -314,7 +316,11 @@ def _packed(matrix: Matrix, form: WeightFormat) -> Packed:
         of_rows = np.ascontiguousarray(matrix.scale[:1] if form.per_tensor else matrix.scale)
         inputs = {"input_multiply": matrix.input_multiply, "input_scale": matrix.input_scale}
         return Packed(codes, of_rows, inputs={kind: found for kind, found in inputs.items() if found is not None})
-    columns = matrix.codes.shape[1]
+    columns, blocks = matrix.codes.shape[1], form.blocks
+    if blocks:
+        codes = pack_codes(matrix.codes, form.bits)
+        stored = codes.view(FP8) if blocks.codes == FP8 else codes
+        return Packed(stored, np.ascontiguousarray(matrix.scale), scale_2=matrix.scale_2)
     groups = form.groups(columns)
     times = -(-groups // matrix.scale.shape[1])
     scales, zero = (np.repeat(each, times, axis=1)[:, :groups] for each in (matrix.scale, matrix.zero))

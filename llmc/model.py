@@ -462,7 +462,9 @@ def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     else:
         zero = None if weight_format.symmetric else checkpoint[f"{module}.zero"]
         qweight, scale = checkpoint[f"{module}.qweight"], checkpoint[f"{module}.scale"]
-        values = pack.dequantize(qweight, scale, zero, weight_format, names.tensors(checkpoint.spec)[name][1])
+        scale_2 = checkpoint[f"{module}.scale_2"] if weight_format.two_scales else None
+        columns = names.tensors(checkpoint.spec)[name][1]
+        values = pack.dequantize(qweight, scale, zero, weight_format, columns, scale_2)
     # Extremes carry every NaN and infinity, and need no memory.
     if not np.isfinite((values.min(), values.max())).all():
         raise CheckpointError(f"{checkpoint.folder}: '{name}' holds values that are not finite")

@@ -24,7 +24,7 @@ ALL: dict[str, Layout] = {
 
 def test_every_format_is_written_and_read() -> None:
     assert set(METHODS.values()) == {row.module for row in FORMATS.values() if row.quantized}
-    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8"}
+    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8", "modelopt-blocks"}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -40,7 +40,7 @@ def test_back_and_forth(
     name: str, rows: int, columns: int, bits: int, group_size: int | None, symmetric: bool, seed: int
 ) -> None:
     layout, linear = ALL[name], Linear(rows, columns, Grid(bits, group_size, symmetric))
-    if layout.lacks(linear):
+    if layout.holds == "blocks" or layout.lacks(linear):
         return
     draw = np.random.default_rng(seed)
     grid = (rows, linear.groups)
@@ -61,7 +61,10 @@ def test_back_and_forth(
 
 @pytest.mark.parametrize("name", ALL)
 def test_it_has_a_place_for_the_usual_linear(name: str) -> None:
-    static = Grid(8, None, inputs=ActivationFormat(dynamic=False))
-    grid = static if ALL[name].rounded else Grid(4, 128, symmetric=name != "gptq_v2")
-    linear = Linear(64, 256, grid)
-    assert ALL[name].lacks(linear) is None
+    grid = {
+        "weights": Grid(4, 128, symmetric=name != "gptq_v2"),
+        "rounded": Grid(8, None, inputs=ActivationFormat(dynamic=False)),
+        "blocks": Grid(4, 16, kind="nvfp4"),
+    }[ALL[name].holds]
+    assert grid.sort == ALL[name].holds
+    assert ALL[name].lacks(Linear(64, 256, grid)) is None

@@ -106,7 +106,7 @@ ROUNDED = Layout(
     "modelopt-8", modelopt_rounded.plan, modelopt_rounded.pack, modelopt_rounded.unpack, modelopt_rounded.lacks, write,
     scale="weight_scale", holds="rounded", multiply=modelopt_rounded.MULTIPLY,
 )  # fmt: skip
-BLOCKS = Layout(
+IN_BLOCKS = Layout(
     "modelopt-blocks", modelopt_blocks.plan, modelopt_blocks.pack, modelopt_blocks.unpack, modelopt_blocks.lacks, write,
     scale="weight_scale", holds="blocks",
 )  # fmt: skip
@@ -124,7 +124,7 @@ def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[st
         named = _NAMED[algorithm]
         if named.sort == "blocks":
             only(config, "group_size", named.group_size, named.group_size, where)
-        return BLOCKS if named.sort == "blocks" else ROUNDED, lambda _module: named
+        return IN_BLOCKS if named.sort == "blocks" else ROUNDED, lambda _module: named
     if algorithm not in _ALGORITHMS:
         known = ", ".join((*_ALGORITHMS, *_NAMED))
         raise UnsupportedModelError(f"{where}: 'quant_algo' is {algorithm!r}: of modelopt's llmc reads {known}")
@@ -133,5 +133,5 @@ def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[st
     return LAYOUT, lambda _module: grid
 
 
-LAYOUTS = (LAYOUT, ROUNDED, BLOCKS)
+LAYOUTS = (LAYOUT, ROUNDED, IN_BLOCKS)
 export = functools.partial(packed_export.export, LAYOUTS)

@@ -6,9 +6,9 @@
     code = the nearest to w / scale [/ scale_2], ties to even
 
 These are the tensors of nvidia-modelopt 0.47 (torch/quantization/qtensor: nvfp4_tensor.py, mxfp4_tensor.py,
-mxfp8_tensor.py), where mxfp4's ties alone go towards zero. The MX specification (Open Compute Project, 1.0, section
-6.3) rounds log2 down, which cuts a block's largest weights off; modelopt rounds it up, so that none is. Linears that
-engines multiply as one share scale_2, as in modelopt's own export: vLLM takes one for them all.
+mxfp8_tensor.py), where mxfp4's ties alone go towards zero. The MX specification (Open Compute Project, 1.0) rounds log2
+down, which cuts a block's largest weights off; modelopt rounds it up, so that none is. Linears that engines multiply as
+one share scale_2, as in modelopt's own export: vLLM takes one for them all.
 
 Knows: arithmetic. Does not know: activations, which stay as they are; what multiplies such weights, which is CUDA's.
 """

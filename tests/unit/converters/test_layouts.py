@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from llmc.converters.export import FORMATS
 from llmc.converters.layouts import Grid, Layout, Linear, Matrix
 from llmc.converters.packed_import import METHODS
-from llmc.recipe import ActivationFormat
+from llmc.recipe import BLOCKS, ActivationFormat
 
 ALL: dict[str, Layout] = {
     layout.name: layout
@@ -27,7 +28,7 @@ def test_every_format_is_written_and_read() -> None:
     assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8", "modelopt-blocks"}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name, layout in ALL.items() if layout.holds != "blocks"])
 @given(
     rows=st.integers(1, 9).map(lambda count: 8 * count),
     columns=st.integers(1, 20).map(lambda count: 8 * count),
@@ -40,7 +41,7 @@ def test_back_and_forth(
     name: str, rows: int, columns: int, bits: int, group_size: int | None, symmetric: bool, seed: int
 ) -> None:
     layout, linear = ALL[name], Linear(rows, columns, Grid(bits, group_size, symmetric))
-    if layout.holds == "blocks" or layout.lacks(linear):
+    if layout.lacks(linear):
         return
     draw = np.random.default_rng(seed)
     grid = (rows, linear.groups)
@@ -57,6 +58,29 @@ def test_back_and_forth(
     np.testing.assert_array_equal(found.codes, matrix.codes)
     np.testing.assert_array_equal(found.scale, matrix.scale)
     np.testing.assert_array_equal(found.zero, matrix.zero)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("name", [name for name, layout in ALL.items() if layout.holds == "blocks"])
+@given(rows=st.integers(1, 9), groups=st.integers(1, 5), seed=st.integers(0, 9))
+def test_blocks_back_and_forth(name: str, kind: Any, rows: int, groups: int, seed: int) -> None:
+    layout, blocks, draw = ALL[name], BLOCKS[kind], np.random.default_rng(seed)
+    linear = Linear(rows, groups * blocks.size, Grid(blocks.bits, blocks.size, kind=kind))
+    assert layout.lacks(linear) is None
+    matrix = Matrix(
+        draw.integers(0, 1 << blocks.bits, (rows, groups * blocks.size), np.uint8),
+        draw.integers(0, 127, (rows, groups), np.uint8).view(blocks.scales),
+        np.empty((rows, groups), np.uint8),
+        scale_2=draw.uniform(1e-3, 1, 1).astype(np.float32) if blocks.two_scales else None,
+    )
+    parts = layout.pack(matrix, linear)
+    assert {suffix: (info.dtype, info.shape) for suffix, info in layout.plan(linear).items()} == {
+        suffix: (part.dtype, part.shape) for suffix, part in parts.items()
+    }
+    found = layout.unpack(parts, linear)
+    np.testing.assert_array_equal(found.codes, matrix.codes)
+    np.testing.assert_array_equal(found.scale, matrix.scale)
+    assert found.scale_2 == matrix.scale_2
 
 
 @pytest.mark.parametrize("name", ALL)

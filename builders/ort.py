@@ -104,14 +104,15 @@ def _engine(
 
 
 def _check_weights(checkpoint: Checkpoint) -> None:
+    """No operator multiplies blocks of floating-point numbers on a CPU (onnxruntime 1.31)."""
     recipe = checkpoint.recipe
     forms = [recipe.format_of(matrix) for matrix in names.matrices(checkpoint.spec)] if recipe else []
     if kinds := sorted({form.kind for form in forms if form and form.blocks}):
         source = checkpoint.folder
         raise UserError(
-            f"{source} has {' and '.join(kinds)} weights, which no CPU kernel of ONNX Runtime multiplies: TensorRT-LLM "
-            f"and vLLM run them on CUDA (llmc export {source} OUT --format modelopt); for this engine quantize with "
-            "rtn, gptq, awq, w8a8, smoothquant or fp8"
+            f"{source} has {' and '.join(kinds)} weights, which no CPU kernel of ONNX Runtime multiplies: export it "
+            f"for an engine on CUDA (llmc export {source} OUT --format modelopt), or quantize for this one with rtn, "
+            "gptq, awq, w8a8, smoothquant or fp8"
         )
 
 

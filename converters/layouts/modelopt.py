@@ -6,8 +6,8 @@
                weight_scale  float32 [out]   one group a row
 
 One format in a model, symmetric alone; those that round inputs as well are in modelopt_rounded.py, block floating point
-in modelopt_blocks.py. The source is
-modelopt 0.47's torch/export/quant_utils.py (pack_int4_in_uint8, to_quantized_weight) and convert_hf_config.py.
+in modelopt_blocks.py. The source is modelopt 0.47's torch/export/quant_utils.py (pack_int4_in_uint8,
+to_quantized_weight) and convert_hf_config.py.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def algorithm(name: str) -> Algorithm:
         raise UserError(f"llmc does not have {name}: choose {_REFUSED[name]}", param="algo")
     if name in BLOCKS and not has_cuda():
         raise UserError(
-            f"{name} is for CUDA, and PyTorch sees no CUDA device: no kernel of a CPU multiplies such weights, so "
-            f"nothing on this machine could run what comes of it. Choose {_ON_CPU}",
+            f"{name} is for CUDA, and PyTorch sees no CUDA device: ONNX Runtime has no CPU kernel that multiplies "
+            f"such weights, so no engine on this machine could run what comes of it. Choose {_ON_CPU}",
             param="algo",
         )
     if name not in ALGORITHMS:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from llmc.checkpoint import Checkpoint
 from llmc.converters.convert import convert
 from llmc.converters.export import export
-from llmc.errors import UnsupportedModelError
+from llmc.errors import CheckpointError, UnsupportedModelError
 from llmc.quant import algorithm
 from llmc.quant.corpus import Calibration, read
 from llmc.quant.quantize import quantize
@@ -217,3 +217,18 @@ def test_what_rounds_inputs_to_4_bits_is_not_read(tmp_path: Path, tiny_source: C
     (tmp_path / "theirs" / "hf_quant_config.json").write_text(json.dumps(said), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="'quant_algo' is 'NVFP4': of modelopt's llmc reads "):
         convert(tmp_path / "theirs", tmp_path / "out")
+
+
+def test_linears_in_one_have_one_scale(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algorithm, "has_cuda", lambda: True)
+    form = WeightFormat(kind="nvfp4", bits=4, group_size=16)
+    quantize(tiny_checkpoint("glm"), tmp_path / "q", QuantRecipe(algorithm="nvfp4", weights=form))
+    stored = Checkpoint.__getitem__
+    monkeypatch.setattr(
+        Checkpoint, "__getitem__", lambda of, name: stored(of, name) * (2 if name.endswith("up.scale_2") else 1)
+    )
+    with pytest.raises(CheckpointError, match=r"mlp\.gate and layers\.0\.mlp\.up are one linear, and their 'scale_2'"):
+        export("modelopt", tmp_path / "q", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -95,7 +95,7 @@ class Mix:
             better = {
                 matrix: form.model_copy(update={"bits": level})
                 for matrix, form in self._formats(part).items()
-                if form.bits < level
+                if form.kind == "int" and form.bits < level
             }
             alike = in_layer and len(better) == len(inside) and len(set(better.values())) == 1
             overrides.update({f"{part}.*": next(iter(better.values()))} if alike else better)

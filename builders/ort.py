@@ -82,6 +82,7 @@ def _engine(
     """What the options make of a checkpoint."""
     source, spec = checkpoint.folder, checkpoint.spec
     form = checkpoint.recipe.kv_cache if checkpoint.recipe else None
+    _check_weights(checkpoint)
     if form is not None and kv_cache != "float32":
         _check_cache(source, form)
     if kv_cache == "int8" and form is None:
@@ -100,6 +101,19 @@ def _engine(
         weights=counts,
         kernels=kernels,
     )
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """No operator multiplies blocks of floating-point numbers on a CPU (onnxruntime 1.31)."""
+    recipe = checkpoint.recipe
+    forms = [recipe.format_of(matrix) for matrix in names.matrices(checkpoint.spec)] if recipe else []
+    if kinds := sorted({form.kind for form in forms if form and form.blocks}):
+        source = checkpoint.folder
+        raise UserError(
+            f"{source} has {' and '.join(kinds)} weights, which no CPU kernel of ONNX Runtime multiplies: export it "
+            f"for an engine on CUDA (llmc export {source} OUT --format modelopt), or quantize for this one with rtn, "
+            "gptq, awq, w8a8, smoothquant or fp8"
+        )
 
 
 def _check_cache(source: Path, form: KVCacheFormat) -> None:

@@ -27,12 +27,14 @@ from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
 from llmc.manifest import Manifest
 from llmc.quant import pack
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.recipe import BLOCKS, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo
 
 _OUTSIDE = "a quantized embedding or head"
-_NOT_ITS_KIND = {True: "weights alone", False: "rounded inputs and float8"}  # of a layout that is `rounded`, or not
+# What layouts for other sorts of linears have no place for.
+_SORTS = {"weights": "weights alone", "rounded": "rounded inputs and float8"}
+_SORTS |= {kind: f"{kind} weights (the format modelopt has)" for kind in BLOCKS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def export(
             item.reason for _, tried in planned for item in tried if item.reason not in (None, _OUTSIDE)
         )
         # What a layout that is meant for such a checkpoint says, if there is one.
-        reasons = [reason for reason in met if reason not in _NOT_ITS_KIND.values()] or list(met)[:1]
+        reasons = [reason for reason in met if reason not in _SORTS.values()] or list(met)[:1]
         reasons = reasons or ["linears outside the layers"]
         raise UserError(
             f"the format {layout.name} holds no linear of {folder}: it has no place for {'; '.join(map(str, reasons))}"
@@ -144,11 +146,11 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe, found: Checkpoint) 
         return _Item(bound, reason=SCATTERED)
     if len({None if order is None else order.tobytes() for order in orders}) > 1:
         return _Item(bound, reason="linears in one whose groups are of different inputs")
-    if layout.rounded != (form.kind == "fp8" or inputs is not None):
-        return _Item(bound, reason=_NOT_ITS_KIND[layout.rounded])
+    grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
+    if layout.holds != grid.sort:
+        return _Item(bound, reason=_SORTS[grid.kind if grid.sort == "blocks" else grid.sort])
     if form.per_tensor and len(bound.ours) > 1:
         return _Item(bound, reason="linears in one with a scale each")
-    grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
     rows, columns = sum(shape[0] for shape in bound.shapes), bound.shapes[0][1]
     turned, multiplied = bound.rule.op.rows is not None, recipe.is_multiplied(module)
     linear = Linear(rows, columns, grid, turned, multiplied, orders[0] is not None)
@@ -207,7 +209,8 @@ def _stream(
         bound = item.bound
         if item.linear:
             matrix = _matrix(found, item, item.linear)
-            _count(matrix.scale, notes["scales"], item.module)
+            if layout.holds != "blocks":  # whose scales are not float32
+                _count(matrix.scale, notes["scales"], item.module)
             yield from ((f"{item.module}.{suffix}", part) for suffix, part in layout.pack(matrix, item.linear).items())
         else:
             parts = [_dense(found, name, dtype) for name in bound.ours]
@@ -232,9 +235,22 @@ def _matrix(found: Checkpoint, item: _Item, linear: Linear) -> Matrix:
     if linear.grid.symmetric:
         # Linears in one read the same input, and treat it alike (llmc/quant/inputs.py).
         input_scale, multiply = (found.get(f"{modules[0]}.{kind}") for kind in ("input_scale", "input_multiply"))
-        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply, groups)
+        scale_2 = _scale_2(found, modules)
+        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply, groups, scale_2)
     zero = [pack.unpack_codes(found[f"{module}.zero"], bits, linear.groups) for module in modules]
     return Matrix(whole, join(scale, found.spec), join(zero, found.spec), groups=groups)
+
+
+def _scale_2(found: Checkpoint, modules: Sequence[str]) -> Array | None:
+    """Of linears in one: llmc quantizes what engines multiply as one by the same.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    scales = [found[name] for module in modules if (name := f"{module}.scale_2") in found]
+    if any(scale != scales[0] for scale in scales):
+        raise CheckpointError(f"{found.folder}: {' and '.join(modules)} are one linear, and their 'scale_2' differ")
+    return scales[0] if scales else None
 
 
 def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
@@ -246,9 +262,9 @@ def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
     if form is None:
         raise CheckpointError(f"{found.folder} has no tensor '{name}'")
     columns = names.tensors(found.spec)[name][1]
-    qweight, scale = found[f"{module}.qweight"], found[f"{module}.scale"]
+    qweight, scale, scale_2 = found[f"{module}.qweight"], found[f"{module}.scale"], _scale_2(found, [module])
     zero, order = found.get(f"{module}.zero"), found.get(f"{module}.input_order")
-    values = pack.dequantize(qweight, scale, zero, form, columns, order=order)
+    values = pack.dequantize(qweight, scale, zero, form, columns, order=order, scale_2=scale_2)
     if (multiply := f"{module}.input_multiply") in found:
         values *= found[multiply]
     return values.astype(dtype, copy=False)

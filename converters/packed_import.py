@@ -31,7 +31,7 @@ from llmc.converters.layouts import INT32, Grid, Layout, Linear, Matrix
 from llmc.converters.rules import Bound, Tensors, through
 from llmc.errors import ArtifactError, CheckpointError, UnsupportedModelError
 from llmc.quant.pack import Bytes, Packed, pack_codes
-from llmc.recipe import FP8, QuantRecipe, WeightFormat
+from llmc.recipe import BLOCKS, FP8, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo, read_tensor
 
@@ -178,6 +178,8 @@ def _form(linear: Linear, module: str, where: object) -> WeightFormat:
     grid = linear.grid
     if grid.kind == "fp8":
         return WeightFormat(kind="fp8", bits=8, group_size=0, per_tensor=grid.per_tensor)
+    if blocks := BLOCKS.get(grid.kind):
+        return WeightFormat(kind=grid.kind, bits=blocks.bits, group_size=blocks.size)
     if grid.inputs and grid.group_size is None:
         return WeightFormat(bits=8, group_size=0)
     return WeightFormat(bits=grid.bits, group_size=_size(linear, module, where), symmetric=False)  # type: ignore[arg-type]
@@ -337,6 +339,11 @@ def _packed(matrix: Matrix, grid: Grid, form: WeightFormat) -> Packed:
         of_rows = np.ascontiguousarray(matrix.scale[:1] if form.per_tensor else matrix.scale)
         inputs = {"input_multiply": matrix.input_multiply, "input_scale": matrix.input_scale}
         return Packed(codes, of_rows, inputs={kind: found for kind, found in inputs.items() if found is not None})
+    blocks = form.blocks
+    if blocks:
+        codes = pack_codes(matrix.codes, form.bits)
+        stored = codes.view(FP8) if blocks.codes == FP8 else codes
+        return Packed(stored, np.ascontiguousarray(matrix.scale), scale_2=matrix.scale_2)
     codes, order = matrix.codes, None
     if matrix.groups is not None:
         # Within a group any order would do; this one is found again on the way back.

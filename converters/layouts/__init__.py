@@ -19,10 +19,14 @@ import numpy as np
 
 from llmc.errors import UnsupportedModelError
 from llmc.quant.pack import Bytes, Floats, pack_codes, unpack_codes
-from llmc.recipe import ActivationFormat
+from llmc.recipe import BLOCKS, ActivationFormat, Kind
 from llmc.tensors import Array, TensorInfo
 
 FLOAT16, FLOAT32, INT32 = np.dtype(np.float16), np.dtype(np.float32), np.dtype("<i4")
+
+
+# Whole numbers with inputs as they are; float8, and what has rounded inputs; block floating point.
+Sort = Literal["weights", "rounded", "blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Grid:
         bits: 4 or 8.
         group_size: Consecutive inputs that share a scale; None: a whole row.
         symmetric: All zero points are 2^(bits - 1).
-        kind: Whole numbers, or float8 e4m3.
+        kind: Whole numbers, float8 e4m3, or a block floating point format.
         per_tensor: One scale for all rows.
         inputs: What the linear's input is rounded to, None when it is not.
     """
@@ -41,9 +45,16 @@ class Grid:
     bits: int
     group_size: int | None
     symmetric: bool = True
-    kind: Literal["int", "fp8"] = "int"
+    kind: Kind = "int"
     per_tensor: bool = False
     inputs: ActivationFormat | None = None
+
+    @property
+    def sort(self) -> Sort:
+        """What of a layout is for it."""
+        if self.kind in BLOCKS:
+            return "blocks"
+        return "rounded" if self.kind == "fp8" or self.inputs else "weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +95,22 @@ class Matrix:
     """A quantized linear, unpacked.
 
     Attributes:
-        codes: uint8 [out, in]; of fp8 its bytes.
-        scale: float32 [out, groups], or [1, 1] per tensor.
+        codes: uint8 [out, in]; of floating-point codes their bits.
+        scale: float32 [out, groups], or [1, 1] per tensor; of blocks in their own type.
         zero: uint8 [out, groups]; 2^(bits - 1) throughout when symmetric.
         input_scale: float32 [1], where all tokens share a scale.
         input_multiply: float32 [in], of a linear that is multiplied.
         groups: int32 [in], the group of each input, of a linear that is ordered.
+        scale_2: float32 [1], of blocks whose matrix has a scale as well.
     """
 
     codes: Bytes
-    scale: Floats
+    scale: Array
     zero: Bytes
     input_scale: Floats | None = None
     input_multiply: Floats | None = None
     groups: Array | None = None
+    scale_2: Floats | None = None
 
 
 # What a layout lacks that has no place for linears that are ordered.
@@ -123,7 +136,7 @@ class Layout:
             those outside (embedding, head) -> quantization_config, other files.
         mixes: Whether linears of one model may have different grids.
         optional: Suffixes that a file may leave out.
-        rounded: It is for linears of float8, and for those whose inputs are rounded, and for no others.
+        holds: The sort of linears that it is for; it has no others.
         multiply: The suffix of what an input is multiplied by, None when the layout has no place for it.
         groups: The suffix of the inputs' groups, None when they are runs of inputs.
     """
@@ -138,7 +151,7 @@ class Layout:
     zeros: tuple[str, Callable[[Array, Linear], Bytes]] | None = None
     mixes: bool = False
     optional: frozenset[str] = field(default=frozenset())
-    rounded: bool = False
+    holds: Sort = "weights"
     multiply: str | None = None
     groups: str | None = None
 

@@ -89,7 +89,7 @@ def _inputs(grid: Grid) -> dict[str, Any] | None:
     return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
 
 
-LAYOUT = Layout("compressed-tensors-8", plan, pack, unpack, lacks, write, scale="weight_scale", rounded=True)
+LAYOUT = Layout("compressed-tensors-8", plan, pack, unpack, lacks, write, scale="weight_scale", holds="rounded")
 
 
 def grid(group: Mapping[str, Any], where: str) -> Grid:

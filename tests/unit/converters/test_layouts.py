@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from llmc.converters.export import FORMATS
 from llmc.converters.layouts import Grid, Layout, Linear, Matrix
 from llmc.converters.packed_import import METHODS
-from llmc.recipe import ActivationFormat
+from llmc.recipe import BLOCKS, ActivationFormat
 
 ALL: dict[str, Layout] = {
     layout.name: layout
@@ -24,10 +25,10 @@ ALL: dict[str, Layout] = {
 
 def test_every_format_is_written_and_read() -> None:
     assert set(METHODS.values()) == {row.module for row in FORMATS.values() if row.quantized}
-    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8"}
+    assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8", "modelopt-blocks"}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name, layout in ALL.items() if layout.holds != "blocks"])
 @given(
     rows=st.integers(1, 9).map(lambda count: 8 * count),
     columns=st.integers(1, 20).map(lambda count: 8 * count),
@@ -62,9 +63,35 @@ def test_back_and_forth(
     np.testing.assert_array_equal(found.groups, matrix.groups)
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("name", [name for name, layout in ALL.items() if layout.holds == "blocks"])
+@given(rows=st.integers(1, 9), groups=st.integers(1, 5), seed=st.integers(0, 9))
+def test_blocks_back_and_forth(name: str, kind: Any, rows: int, groups: int, seed: int) -> None:
+    layout, blocks, draw = ALL[name], BLOCKS[kind], np.random.default_rng(seed)
+    linear = Linear(rows, groups * blocks.size, Grid(blocks.bits, blocks.size, kind=kind))
+    assert layout.lacks(linear) is None
+    matrix = Matrix(
+        draw.integers(0, 1 << blocks.bits, (rows, groups * blocks.size), np.uint8),
+        draw.integers(0, 127, (rows, groups), np.uint8).view(blocks.scales),
+        np.empty((rows, groups), np.uint8),
+        scale_2=draw.uniform(1e-3, 1, 1).astype(np.float32) if blocks.two_scales else None,
+    )
+    parts = layout.pack(matrix, linear)
+    assert {suffix: (info.dtype, info.shape) for suffix, info in layout.plan(linear).items()} == {
+        suffix: (part.dtype, part.shape) for suffix, part in parts.items()
+    }
+    found = layout.unpack(parts, linear)
+    np.testing.assert_array_equal(found.codes, matrix.codes)
+    np.testing.assert_array_equal(found.scale, matrix.scale)
+    assert found.scale_2 == matrix.scale_2
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_it_has_a_place_for_the_usual_linear(name: str) -> None:
-    static = Grid(8, None, inputs=ActivationFormat(dynamic=False))
-    grid = static if ALL[name].rounded else Grid(4, 128, symmetric=name != "gptq_v2")
-    linear = Linear(64, 256, grid)
-    assert ALL[name].lacks(linear) is None
+    grid = {
+        "weights": Grid(4, 128, symmetric=name != "gptq_v2"),
+        "rounded": Grid(8, None, inputs=ActivationFormat(dynamic=False)),
+        "blocks": Grid(4, 16, kind="nvfp4"),
+    }[ALL[name].holds]
+    assert grid.sort == ALL[name].holds
+    assert ALL[name].lacks(Linear(64, 256, grid)) is None

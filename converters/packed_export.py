@@ -66,7 +66,8 @@ def export(
     """Write a quantized checkpoint as a Hugging Face folder with packed weights.
 
     Args:
-        layouts: Variants of one format; the first that holds most of the checkpoint's linears is taken.
+        layouts: Variants of one format, the first called what people call all of them; the first that holds most of the
+            checkpoint's linears is taken.
 
     Raises:
         ManifestError: `folder` is not a checkpoint.
@@ -85,7 +86,7 @@ def export(
             f"inputs of {folder} are shifted before they are rounded, which no format has a place for: llmc "
             "build-engine has, or quantize without --shift"
         )
-    family, spec = native.form(found, ours=False)
+    form, (family, spec) = layouts[0].name, native.form(found, ours=False)
     planned = [(layout, _items(layout, family, spec, recipe, found)) for layout in layouts]
     layout, items = max(planned, key=lambda plan: sum(item.linear is not None for item in plan[1]))
     linears = {item.module: item.linear for item in items if item.linear}
@@ -97,10 +98,10 @@ def export(
         reasons = [reason for reason in met if reason not in _SORTS.values()] or list(met)[:1]
         reasons = reasons or ["linears outside the layers"]
         raise UserError(
-            f"the format {layout.name} holds no linear of {folder}: it has no place for {'; '.join(map(str, reasons))}"
+            f"the format {form} holds no linear of {folder}: it has no place for {'; '.join(map(str, reasons))}"
         )
     dtype = found.infos["layers.0.attn_norm.weight"].dtype
-    notes = _notes(layout, items, found, dtype)
+    notes = _notes(form, layout, items, found, dtype)
     kept = [
         item.module for item in items if item.linear is None and item.is_in_layer and len(item.bound.shapes[0]) == 2
     ]
@@ -168,7 +169,9 @@ def _outside(family: Family, spec: ModelSpec) -> list[str]:
     return [theirs[name].removesuffix(".weight") for name in ("embed.weight", "head.weight")]
 
 
-def _notes(layout: Layout, items: Sequence[_Item], found: Checkpoint, dtype: np.dtype[Any]) -> dict[str, Any]:
+def _notes(
+    form: str, layout: Layout, items: Sequence[_Item], found: Checkpoint, dtype: np.dtype[Any]
+) -> dict[str, Any]:
     """For the manifest, and told at once: what is not packed; and what the scales lose, which is counted later."""
     in_full: dict[str, list[str]] = {}
     for item in items:
@@ -176,9 +179,9 @@ def _notes(layout: Layout, items: Sequence[_Item], found: Checkpoint, dtype: np.
             in_full.setdefault(item.reason, []).append(item.module)
     for reason, modules in in_full.items():
         shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
-        logger.warning(f"the format {layout.name} has no place for {reason}: {shown} dequantized, as {dtype}")
+        logger.warning(f"the format {form} has no place for {reason}: {shown} dequantized, as {dtype}")
     if found.recipe and found.recipe.kv_cache:
-        logger.warning(f"the format {layout.name} has no place for the scales of an int8 KV cache: left out")
+        logger.warning(f"the format {form} has no place for the scales of an int8 KV cache: left out")
     scale = layout.plan(next(item.linear for item in items if item.linear))[layout.scale].dtype
     return {"in_full": in_full, "scales": {"type": str(scale), "of": 0, "rounded": 0, "most": 0.0}}
 

@@ -132,7 +132,7 @@ def to_canonical(
         sources += [found] if found else []
         plain += [] if found else [item]
     if not sources:
-        raise CheckpointError(f"{where} says that its weights are packed ({packing.layout.name}), and none is")
+        raise CheckpointError(f"{where} says that its weights are packed ({packing.method}), and none is")
     left = _without_empty_biases(left, {item.theirs for item in plain}, sources)
     expected = {item.theirs: item.rule.op.source_shape(item.shapes) for item in plain}
     checkpoint.check(expected, {name: info.shape for name, info in left.items()}, where=where)

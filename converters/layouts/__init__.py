@@ -126,7 +126,7 @@ class Layout:
     """One way to lay packed linears in a file.
 
     Attributes:
-        name: For people.
+        name: Its own; the first layout of a format has the format's.
         plan: Suffix -> type and shape of each tensor of a linear. Scales of another float type are read as well.
         pack: The tensors of a linear, by suffix.
         unpack: The inverse of `pack`.

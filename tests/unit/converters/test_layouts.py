@@ -28,6 +28,14 @@ def test_every_format_is_written_and_read() -> None:
     assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8", "modelopt-blocks"}
 
 
+def test_the_first_layout_of_a_format_has_its_name() -> None:
+    """Which is what warnings call it: nobody knows the others."""
+    found = {
+        name: importlib.import_module(row.module).LAYOUTS[0].name for name, row in FORMATS.items() if row.quantized
+    }
+    assert found == {name: name for name in METHODS}
+
+
 @pytest.mark.parametrize("name", [name for name, layout in ALL.items() if layout.holds != "blocks"])
 @given(
     rows=st.integers(1, 9).map(lambda count: 8 * count),

@@ -2,17 +2,19 @@
 
 Each row of ROWS is made by `llmc quantize` in a process of its own (WORK/NAME) and read beside the original on 10,000
 tokens of English (pydoc's topics) and 10,000 of Python (textwrap.py ...), in windows of 512; nothing of either is in
-the calibration text. What was made and measured stays in WORK for the next time: WORK/table.json has the figures, of
-which every run prints a table. LLMC_BENCH_TOKENS=2000 is a quick look (use another WORK for it).
+the calibration text. A row NAME-kv8 is WORK/NAME with an int8 KV cache. What was made and measured stays in WORK for
+the next time: WORK/table.json has the figures, of which every run prints a table. LLMC_BENCH_TOKENS=2000 is a quick
+look (use another WORK for it).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,14 @@ from rich.table import Table
 from llmc import sample_text, text
 from llmc.checkpoint import Checkpoint
 from llmc.evaluate.agreement import Agreement
-from llmc.evaluate.perplexity import ROWS as AT_A_TIME
-from llmc.evaluate.perplexity import Score, add, log_softmax
+from llmc.evaluate.perplexity import Score
 from llmc.layerwise import States, Walker
 from llmc.names import FRONT, TAIL, parts
 from llmc.runtime import Logits, Tokens
 from llmc.tokenizer import Tokenizer
 
 TOKENS, WINDOW = int(os.environ.get("LLMC_BENCH_TOKENS", "10240")), 512
+AT_A_TIME = 128  # rows of logits: 78 MB each with a vocabulary of 152,000
 
 # Name -> options of `llmc quantize`. A row more is a line more.
 _WEIGHTS = {
@@ -39,7 +41,7 @@ _WEIGHTS = {
     "rtn4-g32": ["--algo", "rtn", "--group-size", "32"],
     "awq4-g32": ["--algo", "awq", "--group-size", "32"],
     "gptq4-g32": ["--algo", "gptq", "--group-size", "32"],
-    "gptq4-g64": ["--algo", "gptq", "--group-size", "64"],
+    "gptq4-g64-head4": ["--algo", "gptq", "--group-size", "64", "--head-bits", "4"],
     "rtn4-g128": ["--algo", "rtn", "--group-size", "128"],
     "awq4-g128": ["--algo", "awq", "--group-size", "128"],
     "gptq4-g128": ["--algo", "gptq", "--group-size", "128"],
@@ -47,10 +49,17 @@ _WEIGHTS = {
     "w8a8": ["--algo", "w8a8"],
     "w8a8-static": ["--algo", "w8a8", "--activations", "static"],
     "smoothquant": ["--algo", "smoothquant"],
+    "smoothquant-shift": ["--algo", "smoothquant", "--shift"],
+    "smoothquant-pieces": ["--algo", "smoothquant", "--smooth-pieces", "3"],
     "fp8": ["--algo", "fp8"],
 }
-# All of them once more with an int8 KV cache.
-ROWS = _WEIGHTS | {f"{name}-kv8": [*options, "--kv-cache", "int8"] for name, options in _WEIGHTS.items()}
+KV8 = "kv8"
+_KV_CACHE = ["--algo", "none", "--kv-cache", "int8"]
+
+# Name -> what it is made from (None: the original) and how.
+ROWS: dict[str, tuple[str | None, list[str]]] = {KV8: (None, _KV_CACHE)}
+for _name, _options in _WEIGHTS.items():
+    ROWS |= {_name: (None, _options), f"{_name}-{KV8}": (_name, _KV_CACHE)}
 
 
 def held_out(tokenizer: Tokenizer, tokens: int = TOKENS) -> dict[str, list[Tokens]]:
@@ -60,11 +69,15 @@ def held_out(tokenizer: Tokenizer, tokens: int = TOKENS) -> dict[str, list[Token
 
 
 @torch.inference_mode()
-def final_states(checkpoint: Checkpoint, windows: Sequence[Tokens], cache: Path) -> tuple[Walker, States]:
-    """What goes into the head, and a walker that has it loaded."""
+def final_states(checkpoint: Checkpoint, windows: Sequence[Tokens], kept: Path) -> tuple[Walker, States]:
+    """What goes into the head, and a walker that has it loaded.
+
+    Args:
+        kept: Where it lies, or is put.
+    """
     walker = Walker(checkpoint)
-    if cache.exists():
-        states = States(map(torch.from_numpy, np.split(np.load(cache), np.cumsum([len(x) for x in windows])[:-1], 1)))
+    if kept.exists():
+        states = States(map(torch.from_numpy, np.split(np.load(kept), np.cumsum([len(x) for x in windows])[:-1], 1)))
     else:
         walker.load(FRONT)
         states = walker.enter(windows)
@@ -74,7 +87,7 @@ def final_states(checkpoint: Checkpoint, windows: Sequence[Tokens], cache: Path)
         walker.drop()
         walker.load(TAIL)
         states = States(walker.decoder.leave(state) for state in states)
-        np.save(cache, np.concatenate([state.numpy() for state in states], 1))
+        np.save(kept, np.concatenate([state.numpy() for state in states], 1))
     walker.drop()
     walker.load(TAIL)
     return walker, states
@@ -95,25 +108,40 @@ def reader(walker: Walker, states: States) -> Reader:
     return read
 
 
+@torch.inference_mode()
 def measure(original: Reader, other: Reader, windows: Sequence[Tokens], at: range) -> dict[str, float]:
-    """The figures of one text: the windows `at`."""
+    """The figures of one text: the windows `at`.
+
+    As llmc.evaluate's, in float32 and on all cores, with sums in float64: 20,000 rows of 152,000 logits each.
+    """
     score, agreement = Score(), Agreement()
     for index in at:
-        targets = windows[index][1:]
+        targets = torch.from_numpy(windows[index][1:])
         for start in range(0, len(targets), AT_A_TIME):
             rows = slice(start, min(start + AT_A_TIME, len(targets)))
-            exact, met = log_softmax(original(index, rows)), log_softmax(other(index, rows))
-            add(score, met, targets[rows])
-            agreement.add(exact, met)
+            exact, met = (torch.from_numpy(read(index, rows)).log_softmax(1) for read in (original, other))
+            score.tokens += len(met)
+            score.nll -= float(met.gather(1, targets[rows, None]).sum(dtype=torch.float64))
+            agreement.tokens += len(met)
+            agreement.agreed += int((exact.argmax(1) == met.argmax(1)).sum())
+            agreement.divergence += float(met.sub_(exact).mul_(exact.exp()).neg_().sum(dtype=torch.float64))
     return {"perplexity": score.perplexity, "kl": agreement.kl, "top1": agreement.top1, "tokens": score.tokens}
 
 
 def quantized(source: Path, target: Path, options: list[str]) -> dict[str, Any]:
+    """What `llmc quantize` reports, and the seconds of all cores that it took, if it was run just now."""
+    before = cpu_seconds()
     if not target.exists():
         command = [sys.executable, "-m", "llmc.cli", "quantize", str(source), str(target), "--no-evaluate", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     report: dict[str, Any] = json.loads((target / "report.json").read_text(encoding="utf-8"))
-    return report
+    return report | {"cpu_seconds": cpu_seconds() - before}
+
+
+def cpu_seconds() -> float:
+    """Of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Bench:
@@ -137,7 +165,7 @@ class Bench:
     def add(self, name: str, read: Reader, made: dict[str, Any]) -> None:
         """Measure a row, and keep it."""
         exact = self.reader("fp32", self.original)
-        row = {key: made[key] for key in ("bytes_after", "seconds", "peak_bytes")}
+        row = {key: made.get(key, 0) for key in ("bytes_after", "seconds", "cpu_seconds", "peak_bytes")}
         row |= {which: measure(exact, read, self.windows, at) for which, at in self.texts.items()}
         self.rows[name] = row
         self._table.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
@@ -147,28 +175,30 @@ def main(source: Path, work: Path, names: Sequence[str]) -> None:
     bench = Bench(source, work)
     if "fp32" not in bench.rows:
         size = sum(info.nbytes for info in bench.original.infos.values())
-        made = {"bytes_after": size, "seconds": 0, "peak_bytes": 0}
-        bench.add("fp32", bench.reader("fp32", bench.original), made)
+        bench.add("fp32", bench.reader("fp32", bench.original), {"bytes_after": size})
     for name in names:
         if name not in bench.rows:
-            made = quantized(source, work / name, ROWS[name])
+            made_from, options = ROWS[name]
+            made = quantized(work / made_from if made_from else source, work / name, options)
             bench.add(name, bench.reader(name, Checkpoint(work / name)), made)
+            show({key: bench.rows[key] for key in ("fp32", name)}, list(bench.texts))
     show(bench.rows, list(bench.texts))
 
 
-def show(rows: dict[str, Any], which: Sequence[str]) -> None:
+def show(rows: Mapping[str, Any], which: Sequence[str]) -> None:
     """The table; the first row is the baseline."""
     heads = [f"{name}: ppl, KL, top-1" for name in which]
-    table = Table("", "size", "seconds", "peak", *heads, box=None)
+    table = Table("", "size", "seconds", "of cores", "peak", *heads, box=None)
     first = next(iter(rows.values()))
     for name, row in rows.items():
         cells = []
         for each in which:
             here = row[each]
             change = here["perplexity"] / first[each]["perplexity"] - 1
-            cells.append(f"{here['perplexity']:.3f} ({change:+.1%}) {here['kl']:.4f} {here['top1']:.1%}")
-        made = (f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f} GB") if row["seconds"] else ("", "")
-        table.add_row(name, f"{row['bytes_after'] / 1e6:.0f} MB", *made, *cells)
+            cells.append(f"{here['perplexity']:.3f} ({change:+.2%}) {here['kl']:.4f} {here['top1']:.1%}")
+        took = [f"{row[key]:.0f}" if row[key] else "" for key in ("seconds", "cpu_seconds")]
+        peak = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else ""
+        table.add_row(name, f"{row['bytes_after'] / 1e6:.0f} MB", *took, peak, *cells)
     Console(width=160).print(table)
 
 

@@ -19,7 +19,7 @@ from llmc.prompt import chat_ids
 from llmc.serve.engine import Engine
 from llmc.serve.request import GREEDY, Request
 from llmc.serve.runners import open_runner
-from llmc.serve.speculate import open_speculation
+from llmc.serve.speculate import Drafting, open_speculation
 from llmc.tokenizer import Tokenizer
 
 CODE = """def mean(values):
@@ -64,7 +64,9 @@ def main(engine: Path, speculate: tuple[str, ...], streams: tuple[int, ...], tok
     loops: dict[str, Engine] = {}
     for how in ("off", *speculate):
         runner = open_runner(engine, max_sequences=8, cache_tokens=4096)
-        speculation = None if how == "off" else open_speculation(how, tokenizer, runner.limits.vocab_size)
+        speculation = (
+            None if how == "off" else open_speculation(Drafting.read(how), tokenizer, runner.limits.vocab_size)
+        )
         loops[how] = Engine(runner, tokenizer, speculation=speculation)
         loops[how].start()
     table = Table("prompt", "streams", "speculate", "tokens/s", "accepted of drafted", "same texts as off")

@@ -1,6 +1,6 @@
-"""Rounded inputs of linears as ONNX nodes: llmc/rounding.py, lowered.
+"""Inputs of linears as ONNX nodes, rounded (llmc/rounding.py, lowered) or in another order.
 
-    x ── [Sub input_shift] ── [Mul input_multiply] ──►
+    x ── [Sub input_shift] ── [Mul input_multiply] ── [Gather input_order] ──►
     int8, static     x ── QuantizeLinear ──► codes                                       scale is a constant
     int8, dynamic    x ─┬─ Abs ── ReduceMax ── Mul 1/127 ── Max ─► scale of each row
                         └─ Div ──────────── QuantizeLinear ──► codes
@@ -11,7 +11,7 @@ Codes of inputs are unsigned around 128, those of weights are signed: with both 
 kernels take two to twenty times as long (bench/int8_products.py). DynamicQuantizeLinear will not do: it has one scale
 for all rows, so that a request's answer would depend on who else is in the batch.
 
-What several linears read is rounded once.
+What several linears read is rounded, or put in order, once.
 
 Knows formats and operators. Does not know where in a decoder a linear stands.
 """
@@ -32,11 +32,11 @@ _FP8_HIGHEST = np.float32(448)
 _SMALLEST = np.float32(1e-20)  # a row of zeros has this scale, see llmc/rounding.py
 _MIDDLE = np.uint8(128)
 
-KINDS = ("input_shift", "input_multiply", "input_scale")
+KINDS = ("input_shift", "input_multiply", "input_scale", "input_order")
 
 
 class Inputs:
-    """Rounds inputs, each once for all that read it in the same way."""
+    """Rounds and orders inputs, each once for all that read it in the same way."""
 
     def __init__(self, graph: Graph, recipe: QuantRecipe | None, load: Callable[[str], Array]) -> None:
         self._graph = graph
@@ -49,6 +49,10 @@ class Inputs:
         """The format of what a linear reads."""
         return self._recipe.inputs_of(module) if self._recipe else None
 
+    def are_plain(self, module: str) -> bool:
+        """Whether a linear reads its inputs as they come."""
+        return self.form(module) is None and not (self._recipe and self._recipe.is_ordered(module))
+
     def key(self, module: str) -> tuple[object, ...]:
         """Equal for linears that treat their inputs alike."""
         return self.form(module), *((kind, values.tobytes()) for kind, values in self._vectors(module).items())
@@ -56,9 +60,10 @@ class Inputs:
     def _vectors(self, module: str) -> dict[str, Array]:
         """What is stored for a linear's input: small, so that it may be read while the graph is drawn."""
         if module not in self._values:
-            recipe, found = self._recipe, {}
-            if recipe and (form := recipe.inputs_of(module)):
-                stored = (recipe.is_shifted(module), recipe.is_multiplied(module), not form.dynamic)
+            recipe, found, form = self._recipe, {}, self.form(module)
+            if recipe:
+                is_static = form is not None and not form.dynamic
+                stored = recipe.is_shifted(module), recipe.is_multiplied(module), is_static, recipe.is_ordered(module)
                 found = {
                     kind: self._load(f"{module}.{kind}")
                     for kind, is_there in zip(KINDS, stored, strict=True)
@@ -68,11 +73,15 @@ class Inputs:
         return self._values[module]
 
     def prepared(self, x: ir.Value, module: str, name: str) -> ir.Value:
-        """The input before it is rounded."""
+        """The input before it is rounded, or as the groups of the weights have it."""
         for kind, operator in (("input_shift", "Sub"), ("input_multiply", "Mul")):
             if kind in self._vectors(module):
                 vector = self._constant(f"{name}/{kind}", self._vectors(module)[kind])
                 x = self._graph.call(operator, [x, vector], f"{name}/{operator.lower()}")
+        order = self._vectors(module).get("input_order")
+        if order is not None:
+            indices = self._graph.weight(f"{name}/input_order", order.dtype, order.shape, lambda: order)
+            x = self._graph.call("Gather", [x, indices], f"{name}/ordered", axis=1)
         return x
 
     def codes(self, x: ir.Value, module: str, name: str) -> tuple[ir.Value, ir.Value]:
@@ -84,7 +93,7 @@ class Inputs:
         return self._once(x, module, lambda: self._fp8(self.prepared(x, module, name), module, name))[0]
 
     def whole(self, x: ir.Value, module: str, name: str) -> ir.Value:
-        """x [rows, in] for an operator that rounds it itself."""
+        """x [rows, in] for an operator that rounds it itself, or not at all."""
         return self._once(x, module, lambda: (self.prepared(x, module, name),) * 2)[0]
 
     def _once(

@@ -6,8 +6,9 @@
     int8 in rows                MatMulIntegerToFloat
     fp8                         Cast, Mul, Gemm (transB)       Cast, Mul, Gather
 
-Products of int8 in rows read rounded inputs, the others where the recipe says so (onnx_inputs.py). Weights of fp8 are
-stored as such; the session turns them into float32 once, when it is opened, because the CPU multiplies no fp8.
+Products of int8 in rows read rounded inputs, the others where the recipe says so, and those of weights in groups read
+inputs in another order where it says that (onnx_inputs.py). Weights of fp8 are stored as such; the session turns them
+into float32 once, when it is opened, because the CPU multiplies no fp8.
 
 The checkpoint's packed codes are MatMulNBits' own layout, so weights pass through byte by byte. A tied head and the
 embedding are the same bytes in the file.
@@ -116,6 +117,8 @@ class Lowering:
             return self.graph.call("Gemm", [x, weight, bias], name, transB=1)
         if inputs and inputs.kind == "fp8":
             x = self.inputs.values(x, modules[0], name)
+        elif form.group_size:
+            x = self.inputs.whole(x, modules[0], name)
         if form.kind == "fp8":
             return self.graph.call("Gemm", [x, self._wide(modules, form, rows, columns), bias], name, transB=1)
         if form.group_size == 0:
@@ -123,7 +126,6 @@ class Lowering:
             return onnx_inputs.product(self.graph, codes, scale, self._int8(modules, rows, columns), bias, name)
         level = self.accuracy_level
         if inputs:
-            x = self.inputs.whole(x, modules[0], name) if inputs.kind == "int8" else x
             level = INT8_ARITHMETIC if inputs.kind == "int8" else FLOAT_ARITHMETIC
         return self._blocks(x, modules, form, (rows, columns), bias, name, level)
 

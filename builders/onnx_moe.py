@@ -9,8 +9,8 @@
     y + sigmoid(shared_gate(x)) * mlp(x)                                where there is a shared expert
 
 What was measured is in docs/mixture-of-experts.md. In float32 the CPU's MoE operator is slower than the experts one by
-one. Its QMoE is faster, most of all with many experts; it takes experts of one format, in whole groups, and with
-8 bits computes in int8 only. What it does not take goes one by one as well.
+one. Its QMoE is faster, most of all with many experts; it takes experts of one format, in whole groups of inputs that
+come as they are, and with 8 bits computes in int8 only. What it does not take goes one by one as well.
 
 Knows formats and operators. Does not know where in a decoder the mixture stands.
 """
@@ -52,15 +52,12 @@ def _common_format(lowering: Lowering, spec: ModelSpec, moe: Moe, at: str) -> We
     """The format of all experts if QMoE can compute them, and as exactly as was asked for; else None."""
     if not lowering.fused_experts:
         return None
-    found = {
-        lowering.format(f"{at}.experts.{expert}.{name}")
-        for expert in range(moe.num_experts)
-        for name in ("gate", "up", "down")
-    }
+    experts = [f"{at}.experts.{expert}.{name}" for expert in range(moe.num_experts) for name in ("gate", "up", "down")]
+    found = {lowering.format(expert) for expert in experts}
     form = found.pop()
     if found or form is None or spec.mlp.activation != "silu":
         return None
-    if form.group_size == 0 or lowering.inputs.form(f"{at}.experts.0.up"):
+    if form.group_size == 0 or not all(map(lowering.inputs.are_plain, experts)):
         return None
     has_whole_groups = spec.hidden_size % form.group_size == 0 == moe.intermediate_size % form.group_size
     is_exact = form.bits == 4 or lowering.accuracy_level == INT8_ARITHMETIC

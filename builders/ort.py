@@ -54,8 +54,7 @@ def build(
     if arithmetic not in kind.arithmetics:
         raise UserError(f"--arithmetic {arithmetic} is not for --device {device}: {' or '.join(kind.arithmetics)}")
     level = ACCURACY_LEVELS[arithmetic]
-    engine = _engine(checkpoint, device, max_length, kv_cache, level).model_copy(update={"lora": lora})
-    ort_devices.check(device, checkpoint, kv_int8=engine.kv_cache == "int8", adapters=lora)
+    engine = _engine(checkpoint, device, max_length, kv_cache, level, lora=lora)
     with manifests.creating(target, overwrite=overwrite) as folder:
         graph = onnx_decoder.draw(
             checkpoint.spec,
@@ -94,6 +93,8 @@ def _engine(
     max_length: int | None,
     kv_cache: CacheType | None,
     accuracy_level: int,
+    *,
+    lora: bool,
 ) -> Engine:
     """What the options make of a checkpoint."""
     source, spec, compute = checkpoint.folder, checkpoint.spec, DEVICES[device].compute
@@ -109,6 +110,8 @@ def _engine(
         )
     if max_length is not None and not 0 < max_length <= spec.max_positions:
         raise UserError(f"--max-length {max_length}: {source} was made for 1 to {spec.max_positions} tokens")
+    kv_cache = kv_cache or ("int8" if form else compute)
+    ort_devices.check(device, checkpoint, kv_int8=kv_cache == "int8", adapters=lora)
     counts, kernels = _formats(checkpoint, device, accuracy_level)
     return Engine(
         backend="ort",
@@ -116,9 +119,10 @@ def _engine(
         max_length=max_length or spec.max_positions,
         device=device,
         compute=compute,
-        kv_cache=kv_cache or ("int8" if form else compute),
+        kv_cache=kv_cache,
         weights=counts,
         kernels=kernels,
+        lora=lora,
     )
 
 
@@ -147,7 +151,9 @@ def _formats(checkpoint: Checkpoint, device: str, accuracy_level: int) -> tuple[
     for matrix in names.matrices(checkpoint.spec):
         forms = (recipe.format_of(matrix), recipe.inputs_of(matrix)) if recipe else (None, None)
         label, kernel = onnx_linear.kernel(*forms, accuracy_level, DEVICES[device].compute)
-        if checkpoint.spec.moe and forms[1] is None and DEVICES[device].fused_experts:
+        if recipe and recipe.is_ordered(matrix):
+            label, kernel = f"{label} in act-order", f"Gather of the inputs, {kernel}"
+        elif checkpoint.spec.moe and forms[1] is None and DEVICES[device].fused_experts:
             kernel = kernel.replace("MatMulNBits", "MatMulNBits (of whole mixtures QMoE)")
         found[label] += 1
         kernels[label] = kernel

@@ -14,6 +14,7 @@ from llmc import names
 from llmc.builders import onnx_linear
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
+from llmc.recipe import BLOCKS
 from llmc.spec import Alibi
 
 Compute = Literal["float32", "float16"]
@@ -46,14 +47,23 @@ class Device:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+def _blocks(multiplied_by: str) -> dict[str, str]:
+    return {
+        kind: f"has {kind} weights, which {multiplied_by} multiplies: export it for an engine on CUDA that does "
+        "(llmc export CHECKPOINT OUT --format modelopt), or quantize for this one with rtn, gptq or awq"
+        for kind in BLOCKS
+    }
+
+
 DEVICES = {
-    "cpu": Device("float32", ("int8", "float32"), fused_experts=True),
+    "cpu": Device("float32", ("int8", "float32"), fused_experts=True, refused=_blocks("no CPU kernel of ONNX Runtime")),
     "cuda": Device(
         "float16",
         ("float16",),
         # The operator is there, with experts packed in an order of its own.
         fused_experts=False,
         refused={
+            **_blocks("no engine of llmc"),
             "int8 rows": f"has int8 weights in whole rows, whose product (MatMulIntegerToFloat) has no CUDA kernel: "
             f"{_UNROUNDED}",
             "rounded inputs": f"rounds what linears read, and MatMulNBits on CUDA does not: {_UNROUNDED}",
@@ -87,7 +97,9 @@ def _asked(checkpoint: Checkpoint, *, kv_int8: bool, adapters: bool) -> Iterator
         return
     for matrix in names.matrices(spec):
         form = recipe.format_of(matrix)
-        if form and form.kind == "fp8":
+        if form and form.blocks:
+            yield form.kind
+        elif form and form.kind == "fp8":
             yield "fp8 weights"
         elif form and form.group_size == 0:
             yield "int8 rows"

@@ -21,18 +21,20 @@ import numpy as np
 from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.converters import hf, native
-from llmc.converters.layouts import Grid, Layout, Linear, Matrix, middle
+from llmc.converters.layouts import SCATTERED, Grid, Layout, Linear, Matrix, middle
 from llmc.converters.rules import Bound, Family, Progress, bind, source_names
 from llmc.errors import CheckpointError, UserError
 from llmc.log import logger
 from llmc.manifest import Manifest
 from llmc.quant import pack
-from llmc.recipe import QuantRecipe, WeightFormat
+from llmc.recipe import BLOCKS, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo
 
 _OUTSIDE = "a quantized embedding or head"
-_NOT_ITS_KIND = {True: "weights alone", False: "rounded inputs and float8"}  # of a layout that is `rounded`, or not
+# What layouts for other sorts of linears have no place for.
+_SORTS = {"weights": "weights alone", "rounded": "rounded inputs and float8"}
+_SORTS |= {kind: f"{kind} weights (the format modelopt has)" for kind in BLOCKS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ def export(
     """Write a quantized checkpoint as a Hugging Face folder with packed weights.
 
     Args:
-        layouts: Variants of one format; the first that holds most of the checkpoint's linears is taken.
+        layouts: Variants of one format, the first called what people call all of them; the first that holds most of the
+            checkpoint's linears is taken.
 
     Raises:
         ManifestError: `folder` is not a checkpoint.
@@ -83,8 +86,8 @@ def export(
             f"inputs of {folder} are shifted before they are rounded, which no format has a place for: llmc "
             "build-engine has, or quantize without --shift"
         )
-    family, spec = native.form(found, ours=False)
-    planned = [(layout, _items(layout, family, spec, recipe)) for layout in layouts]
+    form, (family, spec) = layouts[0].name, native.form(found, ours=False)
+    planned = [(layout, _items(layout, family, spec, recipe, found)) for layout in layouts]
     layout, items = max(planned, key=lambda plan: sum(item.linear is not None for item in plan[1]))
     linears = {item.module: item.linear for item in items if item.linear}
     if not linears:
@@ -92,13 +95,13 @@ def export(
             item.reason for _, tried in planned for item in tried if item.reason not in (None, _OUTSIDE)
         )
         # What a layout that is meant for such a checkpoint says, if there is one.
-        reasons = [reason for reason in met if reason not in _NOT_ITS_KIND.values()] or list(met)[:1]
+        reasons = [reason for reason in met if reason not in _SORTS.values()] or list(met)[:1]
         reasons = reasons or ["linears outside the layers"]
         raise UserError(
-            f"the format {layout.name} holds no linear of {folder}: it has no place for {'; '.join(map(str, reasons))}"
+            f"the format {form} holds no linear of {folder}: it has no place for {'; '.join(map(str, reasons))}"
         )
     dtype = found.infos["layers.0.attn_norm.weight"].dtype
-    notes = _notes(layout, items, found, dtype)
+    notes = _notes(form, layout, items, found, dtype)
     kept = [
         item.module for item in items if item.linear is None and item.is_in_layer and len(item.bound.shapes[0]) == 2
     ]
@@ -114,9 +117,9 @@ def export(
     return made
 
 
-def _items(layout: Layout, family: Family, spec: ModelSpec, recipe: QuantRecipe) -> list[_Item]:
+def _items(layout: Layout, family: Family, spec: ModelSpec, recipe: QuantRecipe, found: Checkpoint) -> list[_Item]:
     """Every tensor of the family; what a layout without mixtures has packed has the most frequent grid."""
-    items = [_item(layout, bound, recipe) for bound in bind(family.rules, spec)]
+    items = [_item(layout, bound, recipe, found) for bound in bind(family.rules, spec)]
     grids = [item.linear.grid for item in items if item.linear]
     if layout.mixes or not grids:
         return items
@@ -126,7 +129,7 @@ def _items(layout: Layout, family: Family, spec: ModelSpec, recipe: QuantRecipe)
     return [replace(item, linear=None, reason=other) if item.module in rest else item for item in items]
 
 
-def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
+def _item(layout: Layout, bound: Bound, recipe: QuantRecipe, found: Checkpoint) -> _Item:
     forms = {_form(name, shape, recipe) for name, shape in zip(bound.ours, bound.shapes, strict=True)}
     if forms == {None}:
         return _Item(bound)
@@ -139,14 +142,19 @@ def _item(layout: Layout, bound: Bound, recipe: QuantRecipe) -> _Item:
     inputs = recipe.inputs_of(module)
     if recipe.is_multiplied(module) and layout.multiply is None:
         return _Item(bound, reason="inputs that are multiplied before they are rounded")
-    if layout.rounded != (form.kind == "fp8" or inputs is not None):
-        return _Item(bound, reason=_NOT_ITS_KIND[layout.rounded])
+    orders = [found.get(f"{name.removesuffix('weight')}input_order") for name in bound.ours]
+    if orders[0] is not None and layout.groups is None:
+        return _Item(bound, reason=SCATTERED)
+    if len({None if order is None else order.tobytes() for order in orders}) > 1:
+        return _Item(bound, reason="linears in one whose groups are of different inputs")
+    grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
+    if layout.holds != grid.sort:
+        return _Item(bound, reason=_SORTS[grid.kind if grid.sort == "blocks" else grid.sort])
     if form.per_tensor and len(bound.ours) > 1:
         return _Item(bound, reason="linears in one with a scale each")
-    grid = Grid(form.bits, form.group_size or None, form.symmetric, form.kind, form.per_tensor, inputs)
     rows, columns = sum(shape[0] for shape in bound.shapes), bound.shapes[0][1]
     turned, multiplied = bound.rule.op.rows is not None, recipe.is_multiplied(module)
-    linear = Linear(rows, columns, grid, turned, multiplied)
+    linear = Linear(rows, columns, grid, turned, multiplied, orders[0] is not None)
     reason = layout.lacks(linear)
     return _Item(bound, reason=reason) if reason else _Item(bound, linear)
 
@@ -161,7 +169,9 @@ def _outside(family: Family, spec: ModelSpec) -> list[str]:
     return [theirs[name].removesuffix(".weight") for name in ("embed.weight", "head.weight")]
 
 
-def _notes(layout: Layout, items: Sequence[_Item], found: Checkpoint, dtype: np.dtype[Any]) -> dict[str, Any]:
+def _notes(
+    form: str, layout: Layout, items: Sequence[_Item], found: Checkpoint, dtype: np.dtype[Any]
+) -> dict[str, Any]:
     """For the manifest, and told at once: what is not packed; and what the scales lose, which is counted later."""
     in_full: dict[str, list[str]] = {}
     for item in items:
@@ -169,9 +179,9 @@ def _notes(layout: Layout, items: Sequence[_Item], found: Checkpoint, dtype: np.
             in_full.setdefault(item.reason, []).append(item.module)
     for reason, modules in in_full.items():
         shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
-        logger.warning(f"the format {layout.name} has no place for {reason}: {shown} dequantized, as {dtype}")
+        logger.warning(f"the format {form} has no place for {reason}: {shown} dequantized, as {dtype}")
     if found.recipe and found.recipe.kv_cache:
-        logger.warning(f"the format {layout.name} has no place for the scales of an int8 KV cache: left out")
+        logger.warning(f"the format {form} has no place for the scales of an int8 KV cache: left out")
     scale = layout.plan(next(item.linear for item in items if item.linear))[layout.scale].dtype
     return {"in_full": in_full, "scales": {"type": str(scale), "of": 0, "rounded": 0, "most": 0.0}}
 
@@ -202,7 +212,8 @@ def _stream(
         bound = item.bound
         if item.linear:
             matrix = _matrix(found, item, item.linear)
-            _count(matrix.scale, notes["scales"], item.module)
+            if layout.holds != "blocks":  # whose scales are not float32
+                _count(matrix.scale, notes["scales"], item.module)
             yield from ((f"{item.module}.{suffix}", part) for suffix, part in layout.pack(matrix, item.linear).items())
         else:
             parts = [_dense(found, name, dtype) for name in bound.ours]
@@ -220,13 +231,29 @@ def _matrix(found: Checkpoint, item: _Item, linear: Linear) -> Matrix:
     codes = [pack.unpack_codes(part, bits, linear.groups * size) for part in stored]
     scale = [found[f"{module}.scale"] for module in modules]
     whole = join([part[:, : linear.in_features] for part in codes], found.spec)
+    order, groups = found.get(f"{modules[0]}.input_order"), None
+    if order is not None:
+        back = np.argsort(order)
+        whole, groups = np.take(whole, back, axis=1), linear.runs[back]
     if linear.grid.symmetric:
         # Linears in one read the same input, and treat it alike (llmc/quant/inputs.py).
-        of_input = [f"{modules[0]}.{kind}" for kind in ("input_scale", "input_multiply")]
-        input_scale, multiply = (found[name] if name in found.infos else None for name in of_input)
-        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply)
+        input_scale, multiply = (found.get(f"{modules[0]}.{kind}") for kind in ("input_scale", "input_multiply"))
+        scale_2 = _scale_2(found, modules)
+        return Matrix(whole, join(scale, found.spec), middle(linear), input_scale, multiply, groups, scale_2)
     zero = [pack.unpack_codes(found[f"{module}.zero"], bits, linear.groups) for module in modules]
-    return Matrix(whole, join(scale, found.spec), join(zero, found.spec))
+    return Matrix(whole, join(scale, found.spec), join(zero, found.spec), groups=groups)
+
+
+def _scale_2(found: Checkpoint, modules: Sequence[str]) -> Array | None:
+    """Of linears in one: llmc quantizes what engines multiply as one by the same.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    scales = [found[name] for module in modules if (name := f"{module}.scale_2") in found]
+    if any(scale != scales[0] for scale in scales):
+        raise CheckpointError(f"{found.folder}: {' and '.join(modules)} are one linear, and their 'scale_2' differ")
+    return scales[0] if scales else None
 
 
 def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
@@ -237,9 +264,10 @@ def _dense(found: Checkpoint, name: str, dtype: np.dtype[Any]) -> Array:
     form = found.recipe.format_of(module) if found.recipe else None
     if form is None:
         raise CheckpointError(f"{found.folder} has no tensor '{name}'")
-    zero = None if form.symmetric else found[f"{module}.zero"]
     columns = names.tensors(found.spec)[name][1]
-    values = pack.dequantize(found[f"{module}.qweight"], found[f"{module}.scale"], zero, form, columns)
+    qweight, scale, scale_2 = found[f"{module}.qweight"], found[f"{module}.scale"], _scale_2(found, [module])
+    zero, order = found.get(f"{module}.zero"), found.get(f"{module}.input_order")
+    values = pack.dequantize(qweight, scale, zero, form, columns, order=order, scale_2=scale_2)
     if (multiply := f"{module}.input_multiply") in found:
         values *= found[multiply]
     return values.astype(dtype, copy=False)

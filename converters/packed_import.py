@@ -2,7 +2,8 @@
 
     quantization_config ─► layout, grids ─► recipe         qweight, scales ... ─► Matrix ─► rows ─► canonical codes
 
-Codes, zero points and scales stay what they are. A group that is larger than a recipe can say becomes several with the
+Codes, zero points and scales stay what they are. Groups that are scattered over the inputs become runs of inputs in
+another order, which is kept beside them. A group that is larger than a recipe can say becomes several with the
 same scale, and zero points that all stand in the middle are left out: both mean the same numbers. Tensors that are not
 packed are read as from any folder.
 
@@ -26,11 +27,11 @@ import numpy as np
 
 from llmc import checkpoint, json_file, names
 from llmc.converters import cast
-from llmc.converters.layouts import Grid, Layout, Linear, Matrix
+from llmc.converters.layouts import INT32, Grid, Layout, Linear, Matrix
 from llmc.converters.rules import Bound, Tensors, through
 from llmc.errors import ArtifactError, CheckpointError, UnsupportedModelError
 from llmc.quant.pack import Bytes, Packed, pack_codes
-from llmc.recipe import FP8, QuantRecipe, WeightFormat
+from llmc.recipe import BLOCKS, FP8, QuantRecipe, WeightFormat
 from llmc.spec import ModelSpec
 from llmc.tensors import Array, TensorInfo, read_tensor
 
@@ -131,12 +132,12 @@ def to_canonical(
         sources += [found] if found else []
         plain += [] if found else [item]
     if not sources:
-        raise CheckpointError(f"{where} says that its weights are packed ({packing.layout.name}), and none is")
+        raise CheckpointError(f"{where} says that its weights are packed ({packing.method}), and none is")
     left = _without_empty_biases(left, {item.theirs for item in plain}, sources)
     expected = {item.theirs: item.rule.op.source_shape(item.shapes) for item in plain}
     checkpoint.check(expected, {name: info.shape for name, info in left.items()}, where=where)
     stored = cast.on_disk(left, dtype)
-    sources = _with_symmetry(packing.layout, sources)
+    sources = _with_order(packing.layout, _with_symmetry(packing.layout, sources))
     recipe = _recipe(packing, sources, spec, where)
     return recipe, _tensors(packing.layout, sources, plain, stored, recipe, spec)
 
@@ -150,8 +151,8 @@ def _open(packing: Packing, item: Bound, infos: Mapping[str, TensorInfo], where:
     if not all(names.is_matrix(name, shape) for name, shape in zip(item.ours, item.shapes, strict=True)):
         raise UnsupportedModelError(f"{where}: '{module}' is packed, and llmc keeps such a tensor in full")
     rows, columns = sum(shape[0] for shape in item.shapes), item.shapes[0][1]
-    multiplied = f"{module}.{layout.multiply}" in infos
-    linear = Linear(rows, columns, packing.grid(module), item.rule.op.rows is not None, multiplied)
+    multiplied, ordered = (f"{module}.{suffix}" in infos for suffix in (layout.multiply, layout.groups))
+    linear = Linear(rows, columns, packing.grid(module), item.rule.op.rows is not None, multiplied, ordered)
     plan = layout.plan(linear)
     found = {suffix: infos[f"{module}.{suffix}"] for suffix in plan if f"{module}.{suffix}" in infos}
     for suffix, info in plan.items():
@@ -177,6 +178,8 @@ def _form(linear: Linear, module: str, where: object) -> WeightFormat:
     grid = linear.grid
     if grid.kind == "fp8":
         return WeightFormat(kind="fp8", bits=8, group_size=0, per_tensor=grid.per_tensor)
+    if blocks := BLOCKS.get(grid.kind):
+        return WeightFormat(kind=grid.kind, bits=blocks.bits, group_size=blocks.size)
     if grid.inputs and grid.group_size is None:
         return WeightFormat(bits=8, group_size=0)
     return WeightFormat(bits=grid.bits, group_size=_size(linear, module, where), symmetric=False)  # type: ignore[arg-type]
@@ -228,6 +231,25 @@ def _zero_points(layout: Layout, source: _Source) -> Bytes | None:
     return unpack(read_tensor(info), source.linear) if info else None
 
 
+def _with_order(layout: Layout, sources: list[_Source]) -> list[_Source]:
+    """Ordered are those linears whose groups are not runs of inputs, whatever the config says.
+
+    Raises:
+        CheckpointError: Groups of a linear have other sizes than they should.
+    """
+    if layout.groups is None:
+        return sources
+    found = []
+    for source in sources:
+        name = f"{source.bound.theirs.removesuffix('weight')}{layout.groups}"
+        groups = read_tensor(source.tensors[name]) if name in source.tensors else source.linear.runs
+        if not np.array_equal(np.sort(groups), source.linear.runs):
+            raise CheckpointError(f"{source.tensors[name].path}: '{name}' gives groups of other sizes than its config")
+        ordered = not np.array_equal(groups, source.linear.runs)
+        found.append(replace(source, linear=replace(source.linear, ordered=ordered)))
+    return found
+
+
 def _recipe(packing: Packing, sources: Sequence[_Source], spec: ModelSpec, where: object) -> QuantRecipe:
     """What was done to the model, as a recipe; who chose the codes is not known."""
     packed = {module: source.form for source in sources for module in source.modules}
@@ -238,11 +260,13 @@ def _recipe(packing: Packing, sources: Sequence[_Source], spec: ModelSpec, where
     if len(inputs) > 1:
         raise UnsupportedModelError(f"{where}: inputs of linears are rounded in several ways: a recipe has one")
     multiplied = {module for source in sources for module in source.modules if source.linear.multiplied}
+    ordered = {module for source in sources for module in source.modules if source.linear.ordered}
     return QuantRecipe(
         algorithm="imported",
         weights=main,
         activations=next(iter(inputs)),
-        multiplied=_globs({module: module in multiplied for module in forms}, True) if multiplied else (),
+        multiplied=_globs({module: module in multiplied for module in forms}, True),
+        ordered=_globs({module: module in ordered for module in forms}, True),
         keep=_globs(forms, None),
         overrides={glob: form for form in others for glob in _globs(forms, form)},
         options={"method": packing.method, "layout": packing.layout.name},
@@ -304,24 +328,35 @@ def _pieces(layout: Layout, source: _Source, spec: ModelSpec) -> Iterator[tuple[
     by_row = np.broadcast_to(matrix.scale, matrix.zero.shape)
     linears = zip(source.modules, split(matrix.codes), split(by_row), split(matrix.zero), strict=True)
     for module, codes, scale, zero in linears:
-        yield from _packed(replace(matrix, codes=codes, scale=scale, zero=zero), source.form).pieces(module)
+        part = replace(matrix, codes=codes, scale=scale, zero=zero)
+        yield from _packed(part, source.linear.grid, source.form).pieces(module)
 
 
-def _packed(matrix: Matrix, form: WeightFormat) -> Packed:
-    """A matrix in a form whose groups divide its own; its scales are those of rows."""
+def _packed(matrix: Matrix, grid: Grid, form: WeightFormat) -> Packed:
+    """A matrix in a form whose groups divide those of its grid; its scales are those of rows."""
     if form.group_size == 0:
         codes = matrix.codes.view(FP8) if form.kind == "fp8" else matrix.codes
         of_rows = np.ascontiguousarray(matrix.scale[:1] if form.per_tensor else matrix.scale)
         inputs = {"input_multiply": matrix.input_multiply, "input_scale": matrix.input_scale}
         return Packed(codes, of_rows, inputs={kind: found for kind, found in inputs.items() if found is not None})
-    columns = matrix.codes.shape[1]
+    blocks = form.blocks
+    if blocks:
+        codes = pack_codes(matrix.codes, form.bits)
+        stored = codes.view(FP8) if blocks.codes == FP8 else codes
+        return Packed(stored, np.ascontiguousarray(matrix.scale), scale_2=matrix.scale_2)
+    codes, order = matrix.codes, None
+    if matrix.groups is not None:
+        # Within a group any order would do; this one is found again on the way back.
+        order = np.argsort(matrix.groups, kind="stable").astype(INT32)
+        codes = np.take(codes, order, axis=1)
+    columns = codes.shape[1]
     groups = form.groups(columns)
-    times = -(-groups // matrix.scale.shape[1])
-    scales, zero = (np.repeat(each, times, axis=1)[:, :groups] for each in (matrix.scale, matrix.zero))
+    theirs = np.arange(groups) * form.group_size // (grid.group_size or columns)
+    zero = np.ascontiguousarray(matrix.zero[:, theirs])
     padding = np.repeat(zero[:, -1:], groups * form.width(columns) - columns, axis=1)
-    codes = np.concatenate((matrix.codes, padding), axis=1)
     return Packed(
-        pack_codes(codes, form.bits),
-        np.ascontiguousarray(scales),
-        None if form.symmetric else pack_codes(np.ascontiguousarray(zero), form.bits),
+        pack_codes(np.concatenate((codes, padding), axis=1), form.bits),
+        np.ascontiguousarray(matrix.scale[:, theirs]),
+        None if form.symmetric else pack_codes(zero, form.bits),
+        inputs={} if order is None else {"input_order": order},
     )

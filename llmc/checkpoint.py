@@ -79,6 +79,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no tensor '{name}'")
         return tensors.read_tensor(self.infos[name])
 
+    def get(self, name: str) -> Array | None:
+        """Read one tensor; None when there is none of that name."""
+        return self[name] if name in self.infos else None
+
     def __contains__(self, name: object) -> bool:
         return name in self.infos
 

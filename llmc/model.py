@@ -460,9 +460,10 @@ def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     if weight_format is None or f"{module}.qweight" not in checkpoint:
         values = checkpoint[name].astype("float32", copy=False)
     else:
-        zero = None if weight_format.symmetric else checkpoint[f"{module}.zero"]
         qweight, scale = checkpoint[f"{module}.qweight"], checkpoint[f"{module}.scale"]
-        values = pack.dequantize(qweight, scale, zero, weight_format, names.tensors(checkpoint.spec)[name][1])
+        zero, order, scale_2 = (checkpoint.get(f"{module}.{kind}") for kind in ("zero", "input_order", "scale_2"))
+        columns = names.tensors(checkpoint.spec)[name][1]
+        values = pack.dequantize(qweight, scale, zero, weight_format, columns, order=order, scale_2=scale_2)
     # Extremes carry every NaN and infinity, and need no memory.
     if not np.isfinite((values.min(), values.max())).all():
         raise CheckpointError(f"{checkpoint.folder}: '{name}' holds values that are not finite")

@@ -19,7 +19,7 @@
     score.weight                          [labels, hidden]    in place of the head where there is a scoring head
 
 Every linear is [out, in] and is applied as y = x W^T + b, whatever the source did. A quantized tensor keeps the name
-of its linear: `layers.N.attn.q.qweight`, `.scale`, `.zero` (see llmc/quant/pack.py).
+of its linear: `layers.N.attn.q.qweight`, `.scale`, `.scale_2`, `.zero` (see llmc/quant/pack.py).
 """
 
 from __future__ import annotations

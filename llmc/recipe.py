@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
@@ -19,7 +20,41 @@ from llmc.config import Strict
 from llmc.tensors import TensorInfo
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_FLOAT = np.dtype(np.float32)
+_FLOAT, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
+E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A block floating point format: a block of a row shares a scale of 8 bits.
+
+    Attributes:
+        bits: Of a code.
+        size: Inputs of a block.
+        codes: e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives) or e4m3.
+        highest: Of the codes.
+        scales: e4m3, or e8m0: powers of two from 2^-127 to 2^127.
+        two_scales: The matrix has a scale as well, of float32.
+    """
+
+    bits: Literal[4, 8]
+    size: Literal[16, 32]
+    codes: np.dtype[Any]
+    highest: int
+    scales: np.dtype[Any]
+    two_scales: bool = False
+
+
+# NVIDIA's format, and two of the Open Compute Project's Microscaling Formats (MX) 1.0.
+BLOCKS = {
+    "nvfp4": Blocks(4, 16, E2M1, 6, FP8, two_scales=True),
+    "mxfp4": Blocks(4, 32, E2M1, 6, E8M0),
+    "mxfp8": Blocks(8, 32, FP8, 448, E8M0),
+}
+
+
+Kind = Literal["int", "fp8", "nvfp4", "mxfp4", "mxfp8"]
 
 
 class WeightFormat(Strict):
@@ -27,13 +62,14 @@ class WeightFormat(Strict):
 
     int: value = (code - zero) * scale, codes unsigned, `bits` wide; when symmetric, zero = 2^(bits-1) is implied.
     fp8: value = code * scale, codes float8 e4m3 (4 bits of exponent, 3 of mantissa, up to 448, no infinities).
+    nvfp4, mxfp4, mxfp8: value = code * scale [* the matrix's scale], types and sizes as in BLOCKS.
 
     Attributes:
         group_size: 0 for whole rows, without padding.
         per_tensor: fp8 only: one scale for all rows.
     """
 
-    kind: Literal["int", "fp8"] = "int"
+    kind: Kind = "int"
     bits: Literal[4, 8]
     group_size: Literal[0, 16, 32, 64, 128, 256]
     symmetric: bool = True
@@ -43,11 +79,24 @@ class WeightFormat(Strict):
     def _is_stored(self) -> WeightFormat:
         if self.kind == "fp8" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
             raise ValueError("fp8 has 8 bits, no groups and no zero points")
-        if self.kind == "int" and self.per_tensor:
+        if self.kind != "fp8" and self.per_tensor:
             raise ValueError("only fp8 has one scale for a whole matrix")
+        blocks = self.blocks
+        if blocks and (self.bits, self.group_size, self.symmetric) != (blocks.bits, blocks.size, True):
+            raise ValueError(f"{self.kind} has {blocks.bits} bits in blocks of {blocks.size} and no zero points")
         if self.group_size == 0 and (self.bits, self.symmetric) != (8, True):
             raise ValueError("a scale for a whole row takes 8 bits and no zero points: choose a group size")
         return self
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """What the blocks are of a block floating point format; None of others."""
+        return BLOCKS.get(self.kind)
+
+    @property
+    def two_scales(self) -> bool:
+        """Whether the matrix has a scale beside those of its blocks."""
+        return self.blocks is not None and self.blocks.two_scales
 
     def groups(self, in_features: int) -> int:
         """Groups in a row; the last one may be partly padding."""
@@ -109,6 +158,7 @@ class QuantRecipe(Strict):
         activations: Format of what the quantized linears of the layers read, None for the compute type.
         multiplied: Globs of those linears whose input is multiplied by a vector before it is rounded.
         shifted: Globs of those whose input has a vector taken away first.
+        ordered: Globs of linears whose groups are of inputs in another order than the model's (GPTQ's act-order).
         kv_cache: Format of the KV cache, None for the compute type.
         options: What else the algorithm was told.
     """
@@ -121,6 +171,7 @@ class QuantRecipe(Strict):
     activations: ActivationFormat | None = None
     multiplied: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
     kv_cache: KVCacheFormat | None = None
     options: dict[str, Any] = {}
 
@@ -133,6 +184,8 @@ class QuantRecipe(Strict):
     @model_validator(mode="after")
     def _is_computed(self) -> QuantRecipe:
         """Only what some kernel computes."""
+        if self.ordered and self.activations:
+            raise ValueError("inputs that are rounded are in the model's own order")
         if self.activations is None:
             if self.multiplied or self.shifted:
                 raise ValueError("inputs that are not rounded need no factor")
@@ -143,6 +196,8 @@ class QuantRecipe(Strict):
         if self.weights is None:
             raise ValueError("activations are rounded where weights are quantized, and none are")
         for form in (self.weights, *self.overrides.values()):
+            if form.blocks:
+                raise ValueError(f"{form.kind} rounds weights alone: its linears read inputs as they are")
             if self.activations.kind == "int8" and form.kind == "fp8":
                 raise ValueError("fp8 weights go with fp8 activations")
             if self.activations.kind == "int8" and not self.activations.dynamic and form.group_size:
@@ -172,6 +227,11 @@ class QuantRecipe(Strict):
         """Whether a linear's input is shifted first."""
         return self.inputs_of(matrix) is not None and _fits(matrix, self.shifted)
 
+    def is_ordered(self, matrix: str) -> bool:
+        """Whether a linear's input is put into another order first. The embedding's input has none."""
+        form = self.format_of(matrix) if matrix != "embed" else None
+        return form is not None and form.group_size > 0 and _fits(matrix, self.ordered)
+
 
 def _fits(matrix: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(matrix, glob) for glob in globs)
@@ -185,13 +245,15 @@ def packed_plan(
     Matrices in a format become (in = the row's length, padded to whole groups):
 
         M.qweight         uint8   [out, groups * group_size * bits / 8]   low bits first, a row's groups in order
-                          or float8_e4m3fn [out, in]
-        M.scale           float32 [out, groups], or [1, 1] per tensor
+                          or float8_e4m3fn [out, in], of mxfp8 [out, groups * 32]
+        M.scale           float32 [out, groups], or [1, 1] per tensor; of blocks float8_e4m3fn or float8_e8m0fnu
+        M.scale_2         float32 [1]     of nvfp4
         M.zero            uint8   [out, ceil(groups * bits / 8)]          unless symmetric
         M.input_shift     float32 [in]    where the recipe says so: the linear computes, before weights are rounded,
         M.input_bias      float32 [out]   ((x - input_shift) * input_multiply) W^T + bias + input_bias
         M.input_multiply  float32 [in]    where the recipe says so
         M.input_scale     float32 [1]     where activations have a static scale
+        M.input_order     int32   [in]    where the recipe says so: columns of codes are those of x[input_order]
 
     and a layer's k and v projections are followed by `layers.N.attn.{k,v}_scale` float32 [kv_heads * head_dim] when
     the KV cache has a format with stored scales (all channels of a head have the same when it has one). All else stays.
@@ -203,7 +265,7 @@ def packed_plan(
         found[name] = TensorInfo(info.dtype if info else np.dtype(np.float32), shape)
     else:
         found.update(_packed(module, shape, weight_format))
-        found.update({f"{module}.{kind}": TensorInfo(_FLOAT, size) for kind, size in _inputs(recipe, module, shape)})
+        found.update({f"{module}.{kind}": each for kind, each in _inputs(recipe, module, shape)})
     is_kv = kind == "weight" and module.endswith((".attn.k", ".attn.v"))
     if recipe and recipe.kv_cache and recipe.kv_cache.scale != "dynamic" and is_kv:
         found[f"{module}_scale"] = TensorInfo(np.dtype(np.float32), (shape[0],))
@@ -216,20 +278,25 @@ def _packed(module: str, shape: tuple[int, ...], form: WeightFormat) -> Iterator
         yield f"{module}.qweight", TensorInfo(FP8, (rows, columns))
         yield f"{module}.scale", TensorInfo(_FLOAT, (1 if form.per_tensor else rows, 1))
         return
-    row_bytes = groups * form.width(columns) * form.bits // 8
-    yield f"{module}.qweight", TensorInfo(np.dtype(np.uint8), (rows, row_bytes))
-    yield f"{module}.scale", TensorInfo(_FLOAT, (rows, groups))
+    row_bytes, blocks = groups * form.width(columns) * form.bits // 8, form.blocks
+    codes = FP8 if blocks and blocks.codes == FP8 else np.dtype(np.uint8)
+    yield f"{module}.qweight", TensorInfo(codes, (rows, row_bytes))
+    yield f"{module}.scale", TensorInfo(blocks.scales if blocks else _FLOAT, (rows, groups))
+    if form.two_scales:
+        yield f"{module}.scale_2", TensorInfo(_FLOAT, (1,))
     if not form.symmetric:
         yield f"{module}.zero", TensorInfo(np.dtype(np.uint8), (rows, -(-groups * form.bits // 8)))
 
 
-def _inputs(recipe: QuantRecipe, module: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _inputs(recipe: QuantRecipe, module: str, shape: tuple[int, ...]) -> Iterator[tuple[str, TensorInfo]]:
     rows, columns = shape
     if recipe.is_shifted(module):
-        yield "input_shift", (columns,)
-        yield "input_bias", (rows,)
+        yield "input_shift", TensorInfo(_FLOAT, (columns,))
+        yield "input_bias", TensorInfo(_FLOAT, (rows,))
     if recipe.is_multiplied(module):
-        yield "input_multiply", (columns,)
+        yield "input_multiply", TensorInfo(_FLOAT, (columns,))
     form = recipe.inputs_of(module)
     if form and not form.dynamic:
-        yield "input_scale", (1,)
+        yield "input_scale", TensorInfo(_FLOAT, (1,))
+    if recipe.is_ordered(module):
+        yield "input_order", TensorInfo(_INT32, (columns,))

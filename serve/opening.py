@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmc.adapter import Adapter
 from llmc.config import Strict
@@ -17,7 +17,7 @@ from llmc.errors import UserError
 from llmc.serve.engine import MAX_QUEUE, Engine
 from llmc.serve.runners import GIB, open_runner
 from llmc.serve.service import Service
-from llmc.serve.speculate import open_speculation
+from llmc.serve.speculate import Drafting, open_speculation
 from llmc.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ class Settings(Strict):
     metrics_prefix: Annotated[str, Field(pattern="^[a-zA-Z_]+$")] = "llmc"
     allow_origin: tuple[str, ...] = ()
     deterministic: bool = False
-    speculate: str | None = None
+    speculate: Annotated[Drafting, BeforeValidator(Drafting.read)] | None = None
     strict: bool = False
     pooling: Literal["mean", "last"] = "last"
     lora: tuple[str, ...] = ()

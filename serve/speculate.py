@@ -202,27 +202,51 @@ class _Held:
         return list(tokens[self.known :])
 
 
-def open_speculation(how: str, tokenizer: Tokenizer, vocab_size: int, *, threads: int | None = None) -> Speculation:
-    """From the words of `llmc serve --speculate`.
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What `llmc serve --speculate` was told.
+
+    Attributes:
+        most: Tokens drafted at a time.
+        model: The draft model's engine; None: n-grams.
+    """
+
+    most: int = DEFAULT_DRAFT
+    model: Path | None = None
+
+    @classmethod
+    def read(cls, how: str) -> Drafting:
+        """From words: ngram, ngram:K, draft=ENGINE_FOLDER or draft:K=ENGINE_FOLDER.
+
+        Raises:
+            UserError: `how` is none of these.
+        """
+        kind, _, folder = how.partition("=")
+        name, _, count = kind.partition(":")
+        most = int(count) if count.isdecimal() and len(count) < 3 else 0 if count else DEFAULT_DRAFT
+        if not 1 <= most <= MAX_DRAFT or (name, bool(folder)) not in {("ngram", False), ("draft", True)}:
+            raise UserError(
+                f"--speculate {how}: say ngram, ngram:K with K from 1 to {MAX_DRAFT}, draft=ENGINE_FOLDER or "
+                "draft:K=ENGINE_FOLDER",
+                param="speculate",
+            )
+        return cls(most, Path(folder) if folder else None)
+
+
+def open_speculation(
+    how: Drafting, tokenizer: Tokenizer, vocab_size: int, *, threads: int | None = None
+) -> Speculation:
+    """Open what drafts.
 
     Args:
-        how: "ngram", "ngram:K" or "draft=ENGINE_FOLDER".
         tokenizer: Of the model that checks.
         vocab_size: Width of its logits.
 
     Raises:
-        UserError: `how` is none of these, or the draft model's tokens mean something else.
+        UserError: The draft model's tokens mean something else.
     """
-    kind, _, folder = how.partition("=")
-    name, _, count = kind.partition(":")
-    most = int(count) if count.isdecimal() and len(count) < 3 else 0 if count else DEFAULT_DRAFT
-    if not 1 <= most <= MAX_DRAFT or (name, bool(folder)) not in {("ngram", False), ("draft", True)}:
-        raise UserError(
-            f"--speculate {how}: say ngram, ngram:K with K from 1 to {MAX_DRAFT}, draft=ENGINE_FOLDER or "
-            "draft:K=ENGINE_FOLDER"
-        )
-    if name == "ngram":
-        return Speculation(NGram(), most)
-    if Tokenizer.load(Path(folder)).backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise UserError(f"the draft model in {folder} has another vocabulary: its tokens mean something else")
-    return Speculation(DraftModel(open_runner(Path(folder), threads=threads, max_sequences=1), vocab_size), most)
+    if how.model is None:
+        return Speculation(NGram(), how.most)
+    if Tokenizer.load(how.model).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(f"the draft model in {how.model} has another vocabulary: its tokens mean something else")
+    return Speculation(DraftModel(open_runner(how.model, threads=threads, max_sequences=1), vocab_size), how.most)

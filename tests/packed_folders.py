@@ -7,6 +7,7 @@ are unpacked by what their sources say, an element at a time as they do on a GPU
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ Tensors = dict[str, torch.Tensor]
 def dequantize(folder: Path, out: Path) -> Path:
     """A folder of the same model with floating-point weights alone; returns `out`."""
     shutil.copytree(folder, out)
-    (out / "manifest.json").unlink()
+    (out / "manifest.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = config.pop("quantization_config")
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -45,6 +46,72 @@ def shifted(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     places = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (words.unsqueeze(-1) >> places) & (2**bits - 1)
     return codes.movedim(-1, dim + 1).flatten(dim, dim + 1)
+
+
+def words(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The inverse of `shifted`."""
+    places = torch.arange(0, 32, bits)
+    cut = codes.long().unflatten(dim, (-1, 32 // bits)).movedim(dim + 1, -1)
+    return (cut << places).sum(-1).to(torch.int32)
+
+
+def in_act_order(
+    folder: Path,
+    out: Path,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = True,
+    version: str = "gptq",
+    shared: bool = True,
+    head: bool = False,
+) -> Path:
+    """A folder of floating-point weights as AutoGPTQ leaves it with `desc_act`, codes by rounding; returns `out`.
+
+    Args:
+        head: The head is packed as well (AutoGPTQ's `lm_head`).
+        shared: Linears of a module that read inputs of one size have the same order, as where they read the same.
+    """
+    shutil.copytree(folder, out)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": True}
+    config["quantization_config"] = {**said, "checkpoint_format": version}
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors, orders = load_file(folder / "model.safetensors"), dict[object, torch.Tensor]()
+    draw = torch.Generator().manual_seed(0)
+    linears = [name for name in tensors if is_linear(name, tensors[name]) or (head and name == "lm_head.weight")]
+    for name in linears:
+        module = name.removesuffix(".weight")
+        weight = tensors.pop(name).float()
+        weight = weight if has_conv1d(folder) else weight.T
+        inputs, outputs = weight.shape
+        key = (module.rpartition(".")[0], inputs) if shared else module
+        order = orders.setdefault(key, torch.randperm(inputs, generator=draw))
+        g_idx = torch.empty(inputs, dtype=torch.int32)
+        g_idx[order] = torch.arange(inputs, dtype=torch.int32) // group_size
+        groups = [weight[g_idx == group] for group in range(-(-inputs // group_size))]
+        lowest, highest = (torch.stack([getattr(each, end)(0) for each in groups]) for end in ("amin", "amax"))
+        if symmetric:
+            scales = (2 * torch.maximum(-lowest, highest) / (2**bits - 1)).half()
+            zeros = torch.full((len(groups), outputs), 2 ** (bits - 1))
+        else:
+            scales = ((highest - lowest) / (2**bits - 1)).half()
+            zeros = (-lowest / scales).round().clamp(0, 2**bits - 1)
+        codes = (weight / scales[g_idx.long()] + zeros[g_idx.long()]).round().clamp(0, 2**bits - 1)
+        less = {"gptq": 1, "gptq_v2": 0}[version]
+        tensors[f"{module}.qweight"] = words(codes, bits, 0)
+        tensors[f"{module}.qzeros"] = words((zeros.long() - less) & (2**bits - 1), bits, 1)
+        tensors[f"{module}.scales"], tensors[f"{module}.g_idx"] = scales, g_idx
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, out / "model.safetensors", {"format": "pt"}
+    )
+    return out
+
+
+def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a folder is a linear of its layers, and no router."""
+    is_in_layer = re.search(r"\.(layers|h)\.\d+\.", f".{name}") is not None
+    return is_in_layer and tensor.dim() == 2 and not name.endswith("gate.weight")
 
 
 def of_gptq(tensors: Tensors, config: dict[str, Any], folder: Path) -> Tensors:

@@ -3,7 +3,7 @@
 A linear of [out, in] that is one `weight` in a folder of floating-point numbers is several tensors in one of these,
 named by suffixes: `qweight`, `scales` ... In between stands a `Matrix`, which every layout makes and takes:
 
-    value[r, c] = (codes[r, c] - zero[r, c // group_size]) * scale[r, c // group_size]
+    value[r, c] = (codes[r, c] - zero[r, group(c)]) * scale[r, group(c)]      group(c) = c // group_size, or groups[c]
 
 Knows: what a layout has to tell. Does not know: any of them, nor rules, nor checkpoints (packed_export.py,
 packed_import.py).
@@ -19,10 +19,14 @@ import numpy as np
 
 from llmc.errors import UnsupportedModelError
 from llmc.quant.pack import Bytes, Floats, pack_codes, unpack_codes
-from llmc.recipe import ActivationFormat
+from llmc.recipe import BLOCKS, ActivationFormat, Kind
 from llmc.tensors import Array, TensorInfo
 
 FLOAT16, FLOAT32, INT32 = np.dtype(np.float16), np.dtype(np.float32), np.dtype("<i4")
+
+
+# Whole numbers with inputs as they are; float8, and what has rounded inputs; block floating point.
+Sort = Literal["weights", "rounded", "blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Grid:
         bits: 4 or 8.
         group_size: Consecutive inputs that share a scale; None: a whole row.
         symmetric: All zero points are 2^(bits - 1).
-        kind: Whole numbers, or float8 e4m3.
+        kind: Whole numbers, float8 e4m3, or a block floating point format.
         per_tensor: One scale for all rows.
         inputs: What the linear's input is rounded to, None when it is not.
     """
@@ -41,9 +45,16 @@ class Grid:
     bits: int
     group_size: int | None
     symmetric: bool = True
-    kind: Literal["int", "fp8"] = "int"
+    kind: Kind = "int"
     per_tensor: bool = False
     inputs: ActivationFormat | None = None
+
+    @property
+    def sort(self) -> Sort:
+        """What of a layout is for it."""
+        if self.kind in BLOCKS:
+            return "blocks"
+        return "rounded" if self.kind == "fp8" or self.inputs else "weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,7 @@ class Linear:
     Attributes:
         turned: Its family keeps linears as [in, out] (transformers' Conv1D).
         multiplied: Its input is multiplied by a vector before it is rounded.
+        ordered: Its groups are scattered over the inputs (act-order).
     """
 
     out_features: int
@@ -60,6 +72,7 @@ class Linear:
     grid: Grid
     turned: bool = False
     multiplied: bool = False
+    ordered: bool = False
 
     @property
     def groups(self) -> int:
@@ -71,25 +84,37 @@ class Linear:
         """Whether a row's last group is shorter than the others."""
         return self.groups > 1 and self.in_features % (self.grid.group_size or 1) > 0
 
+    @property
+    def runs(self) -> Array:
+        """The group of each input where none is scattered: int32 [in]."""
+        return np.arange(self.in_features, dtype=INT32) // INT32.type(self.grid.group_size or self.in_features)
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A quantized linear, unpacked.
 
     Attributes:
-        codes: uint8 [out, in]; of fp8 its bytes.
-        scale: float32 [out, groups], or [1, 1] per tensor.
+        codes: uint8 [out, in]; of floating-point codes their bits.
+        scale: float32 [out, groups], or [1, 1] per tensor; of blocks in their own type.
         zero: uint8 [out, groups]; 2^(bits - 1) throughout when symmetric.
         input_scale: float32 [1], where all tokens share a scale.
         input_multiply: float32 [in], of a linear that is multiplied.
+        groups: int32 [in], the group of each input, of a linear that is ordered.
+        scale_2: float32 [1], of blocks whose matrix has a scale as well.
     """
 
     codes: Bytes
-    scale: Floats
+    scale: Array
     zero: Bytes
     input_scale: Floats | None = None
     input_multiply: Floats | None = None
+    groups: Array | None = None
+    scale_2: Floats | None = None
 
+
+# What a layout lacks that has no place for linears that are ordered.
+SCATTERED = "groups that are scattered over the inputs (act-order)"
 
 # quantization_config, and the other JSON files of a folder by their names.
 Config = dict[str, Any]
@@ -101,7 +126,7 @@ class Layout:
     """One way to lay packed linears in a file.
 
     Attributes:
-        name: For people.
+        name: Its own; the first layout of a format has the format's.
         plan: Suffix -> type and shape of each tensor of a linear. Scales of another float type are read as well.
         pack: The tensors of a linear, by suffix.
         unpack: The inverse of `pack`.
@@ -111,8 +136,9 @@ class Layout:
             those outside (embedding, head) -> quantization_config, other files.
         mixes: Whether linears of one model may have different grids.
         optional: Suffixes that a file may leave out.
-        rounded: It is for linears of float8, and for those whose inputs are rounded, and for no others.
+        holds: The sort of linears that it is for; it has no others.
         multiply: The suffix of what an input is multiplied by, None when the layout has no place for it.
+        groups: The suffix of the inputs' groups, None when they are runs of inputs.
     """
 
     name: str
@@ -125,8 +151,9 @@ class Layout:
     zeros: tuple[str, Callable[[Array, Linear], Bytes]] | None = None
     mixes: bool = False
     optional: frozenset[str] = field(default=frozenset())
-    rounded: bool = False
+    holds: Sort = "weights"
     multiply: str | None = None
+    groups: str | None = None
 
 
 def middle(linear: Linear) -> Bytes:

@@ -89,7 +89,7 @@ def _inputs(grid: Grid) -> dict[str, Any] | None:
     return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
 
 
-LAYOUT = Layout("compressed-tensors-8", plan, pack, unpack, lacks, write, scale="weight_scale", rounded=True)
+LAYOUT = Layout("compressed-tensors-8", plan, pack, unpack, lacks, write, scale="weight_scale", holds="rounded")
 
 
 def grid(group: Mapping[str, Any], where: str) -> Grid:
@@ -103,7 +103,6 @@ def grid(group: Mapping[str, Any], where: str) -> Grid:
         only(said, "num_bits", 8, None, place)
         only(said, "symmetric", True, True, place)
         only(said, "type", weights.get("type"), "int", place)
-    only(weights, "actorder", None, None, f"{where}.weights")
     kind = _one_of(weights, "type", ("int", "float"), f"{where}.weights")
     strategy = _one_of(weights, "strategy", ("channel", "tensor"), f"{where}.weights")
     form = None

@@ -4,7 +4,9 @@
     weight_scale       float   [out, groups]
     weight_zero_point  int32   [ceil(out * bits / 32), groups] likewise along the outputs; absent when symmetric
     weight_shape       int64   [2]                             out, in
+    weight_g_idx       int32   [in]                            each input's group, where `actorder` is "group"
 
+With an `actorder` of "weight" groups are runs of inputs; "group" is read, and not written, because 0.20 has it no more.
 A row that is one group is of strategy "channel". Scales stay float32: a loader makes of them what it computes with.
 The source is the package's compressors/pack_quantized (its codes are signed, and stored with 2^(bits - 1) added, which
 makes them ours) and quantization/quant_config.py.
@@ -23,6 +25,7 @@ from llmc.converters import packed_export
 from llmc.converters.layouts import (
     FLOAT32,
     INT32,
+    SCATTERED,
     Config,
     Files,
     Grid,
@@ -42,7 +45,7 @@ from llmc.quant.pack import Bytes
 from llmc.tensors import Array, TensorInfo
 
 _METHOD, _FORMAT = "compressed-tensors", "pack-quantized"
-_ZERO = "weight_zero_point"
+_ZERO, _GROUPS = "weight_zero_point", "weight_g_idx"
 
 
 def plan(linear: Linear) -> dict[str, TensorInfo]:
@@ -54,6 +57,8 @@ def plan(linear: Linear) -> dict[str, TensorInfo]:
     }
     if not linear.grid.symmetric:
         found[_ZERO] = TensorInfo(INT32, (-(-rows * bits // 32), groups))
+    if linear.ordered:
+        found[_GROUPS] = TensorInfo(INT32, (columns,))
     return found
 
 
@@ -78,12 +83,15 @@ def unpack(parts: Mapping[str, Array], linear: Linear) -> Matrix:
         raise CheckpointError(f"'weight_shape' is {parts['weight_shape'].tolist()}, which the other tensors are not")
     codes = from_words(parts["weight_packed"], linear.grid.bits, linear.in_features)
     zero = _zeros(parts[_ZERO], linear) if _ZERO in parts else middle(linear)
-    return Matrix(codes, parts["weight_scale"].astype(np.float32), zero)
+    groups = parts[_GROUPS] if linear.ordered else None
+    return Matrix(codes, parts["weight_scale"].astype(np.float32), zero, groups=groups)
 
 
 def lacks(linear: Linear) -> str | None:
     if linear.turned:
         return "linears that are kept as [in, out] (Conv1D)"
+    if linear.ordered:
+        return SCATTERED
     return "groups that do not divide the inputs" if linear.is_ragged else None
 
 
@@ -116,7 +124,7 @@ def write(linears: Mapping[str, Linear], kept: Sequence[str], outside: Sequence[
 
 
 LAYOUT = Layout(
-    _METHOD, plan, pack, unpack, lacks, write, scale="weight_scale", zeros=(_ZERO, _zeros), mixes=True
+    _METHOD, plan, pack, unpack, lacks, write, scale="weight_scale", zeros=(_ZERO, _zeros), mixes=True, groups=_GROUPS
 )  # fmt: skip
 
 
@@ -155,7 +163,6 @@ def _grid(group: Mapping[str, Any], form: object, where: str) -> Grid:
     only(group, "input_activations", None, None, where)
     weights = group.get("weights") or {}
     only(weights, "type", "int", "int", where)
-    only(weights, "actorder", None, None, where)
     bits, symmetric = bits_of(weights, "num_bits", where), bool(weights.get("symmetric", True))
     return Grid(bits, group_of(weights, where), symmetric)
 

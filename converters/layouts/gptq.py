@@ -9,8 +9,8 @@ The source is AutoGPTQ's auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (pack 
 in AutoGPTQ's kernels and carries over into the neighbour in others' (GPTQModel's utils/model.py), so zero points that
 may be 0 go into format "gptq_v2", which has them as they are; symmetric ones, all in the middle, into "gptq".
 
-With act-order (`desc_act`) the groups are scattered over the inputs, and g_idx says how. Engines want runs of
-inputs, so such a checkpoint is refused, unless its g_idx is in order all the same (static groups, a group a row).
+With act-order (`desc_act`) the groups are scattered over the inputs, and g_idx says how; unless it is in order all the
+same (static groups, a group a row).
 """
 
 from __future__ import annotations
@@ -56,10 +56,6 @@ def plan(linear: Linear) -> dict[str, TensorInfo]:
     }
 
 
-def _in_order(linear: Linear) -> Array:
-    return np.arange(linear.in_features, dtype=INT32) // INT32.type(linear.grid.group_size or linear.in_features)
-
-
 def _pack(matrix: Matrix, linear: Linear, *, less: int) -> dict[str, Array]:
     bits = linear.grid.bits
     zero = (matrix.zero.T - np.uint8(less)) & np.uint8((1 << bits) - 1)
@@ -67,7 +63,7 @@ def _pack(matrix: Matrix, linear: Linear, *, less: int) -> dict[str, Array]:
         "qweight": np.ascontiguousarray(to_words(matrix.codes, bits).T),
         "qzeros": to_words(zero, bits),
         "scales": matrix.scale.T.astype(FLOAT16),
-        "g_idx": _in_order(linear),
+        "g_idx": linear.runs if matrix.groups is None else matrix.groups,
     }
 
 
@@ -78,13 +74,9 @@ def _zeros(words: Array, linear: Linear, *, less: int) -> Bytes:
 
 
 def _unpack(parts: Mapping[str, Array], linear: Linear, *, less: int) -> Matrix:
-    if "g_idx" in parts and not np.array_equal(parts["g_idx"], _in_order(linear)):
-        raise UnsupportedModelError(
-            "its groups are scattered over the inputs (act-order: 'desc_act' without static groups), and engines want "
-            "runs of inputs: take a checkpoint made with 'desc_act': false, or quantize the original with llmc"
-        )
     codes = from_words(parts["qweight"].T, linear.grid.bits, linear.in_features)
-    return Matrix(codes, parts["scales"].T.astype(np.float32), _zeros(parts["qzeros"], linear, less=less))
+    zero = _zeros(parts["qzeros"], linear, less=less)
+    return Matrix(codes, parts["scales"].T.astype(np.float32), zero, groups=parts["g_idx"] if linear.ordered else None)
 
 
 def _lacks(linear: Linear, *, less: int) -> str | None:
@@ -103,7 +95,7 @@ def _write(
     config: Config = {
         "bits": main.bits,
         "group_size": main.group_size,
-        "desc_act": False,
+        "desc_act": any(linear.ordered for linear in linears.values()),
         "static_groups": False,
         "sym": main.symmetric,
         "true_sequential": True,
@@ -137,6 +129,7 @@ def _layout(name: str, less: int) -> Layout:
         zeros=("qzeros", functools.partial(_zeros, less=less)),
         mixes=True,
         optional=frozenset({"g_idx"}),
+        groups="g_idx",
     )
 
 

@@ -5,8 +5,9 @@
     W8A16      weight  int8 [out, in]
                weight_scale  float32 [out]   one group a row
 
-One format in a model, symmetric alone; those that round inputs as well are in modelopt_rounded.py. The source is
-modelopt 0.47's torch/export/quant_utils.py (pack_int4_in_uint8, to_quantized_weight) and convert_hf_config.py.
+One format in a model, symmetric alone; those that round inputs as well are in modelopt_rounded.py, block floating point
+in modelopt_blocks.py. The source is modelopt 0.47's torch/export/quant_utils.py (pack_int4_in_uint8,
+to_quantized_weight) and convert_hf_config.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llmc.converters.layouts import (
     Matrix,
     group_of,
     middle,
+    modelopt_blocks,
     modelopt_rounded,
     only,
 )
@@ -35,6 +37,7 @@ from llmc.errors import UnsupportedModelError
 from llmc.tensors import Array, TensorInfo
 
 _ALGORITHMS = {"W4A16_AWQ": 4, "W8A16": 8}
+_NAMED = modelopt_rounded.GRIDS | modelopt_blocks.GRIDS
 FILE = "hf_quant_config.json"
 
 
@@ -78,13 +81,15 @@ def write(linears: Mapping[str, Linear], kept: Sequence[str], outside: Sequence[
     grid = next(iter(linears.values())).grid
     # Loaders know the layout by this name, and the version says which one it is.
     producer = {"name": "modelopt", "version": "0.47.0"}
-    whole = modelopt_rounded.algorithm(grid)
-    algorithm = whole or next(name for name, bits in _ALGORITHMS.items() if bits == grid.bits)
+    named = next((name for name, known in _NAMED.items() if known == grid), None)
+    algorithm = named or next(name for name, bits in _ALGORITHMS.items() if bits == grid.bits)
     quantization: Config = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
-    if grid.bits == 4:
+    if algorithm in modelopt_blocks.GRIDS:
+        quantization |= modelopt_blocks.sizes(algorithm)
+    elif grid.bits == 4:
         quantization |= {"group_size": grid.group_size, "has_zero_point": False, "pre_quant_scale": False}
     quantization["exclude_modules"] = sorted([*kept, *outside])
-    groups = modelopt_rounded.GROUPS.get(algorithm)
+    groups = (modelopt_rounded.GROUPS | modelopt_blocks.GROUPS).get(algorithm)
     # modelopt's own config.json has of most of these formats no more than this.
     config: Config = {
         **({"config_groups": {"group_0": groups}} if groups else {}),
@@ -99,7 +104,11 @@ def write(linears: Mapping[str, Linear], kept: Sequence[str], outside: Sequence[
 LAYOUT = Layout("modelopt", plan, pack, unpack, lacks, write, scale="weight_scale")
 ROUNDED = Layout(
     "modelopt-8", modelopt_rounded.plan, modelopt_rounded.pack, modelopt_rounded.unpack, modelopt_rounded.lacks, write,
-    scale="weight_scale", rounded=True, multiply=modelopt_rounded.MULTIPLY,
+    scale="weight_scale", holds="rounded", multiply=modelopt_rounded.MULTIPLY,
+)  # fmt: skip
+IN_BLOCKS = Layout(
+    "modelopt-blocks", modelopt_blocks.plan, modelopt_blocks.pack, modelopt_blocks.unpack, modelopt_blocks.lacks, write,
+    scale="weight_scale", holds="blocks",
 )  # fmt: skip
 
 
@@ -111,16 +120,18 @@ def read(config: Mapping[str, Any], where: object) -> tuple[Layout, Callable[[st
     """
     algorithm = config.get("quant_algo")
     only(config, "kv_cache_quant_algo", None, None, where)
-    if algorithm in modelopt_rounded.GRIDS:
-        rounded = modelopt_rounded.GRIDS[algorithm]
-        return ROUNDED, lambda _module: rounded
+    if algorithm in _NAMED:
+        named = _NAMED[algorithm]
+        if named.sort == "blocks":
+            only(config, "group_size", named.group_size, named.group_size, where)
+        return IN_BLOCKS if named.sort == "blocks" else ROUNDED, lambda _module: named
     if algorithm not in _ALGORITHMS:
-        known = ", ".join((*_ALGORITHMS, *modelopt_rounded.GRIDS))
+        known = ", ".join((*_ALGORITHMS, *_NAMED))
         raise UnsupportedModelError(f"{where}: 'quant_algo' is {algorithm!r}: of modelopt's llmc reads {known}")
     bits = _ALGORITHMS[algorithm]
     grid = Grid(bits, group_of(config, where) if bits == 4 else None)
     return LAYOUT, lambda _module: grid
 
 
-LAYOUTS = (LAYOUT, ROUNDED)
+LAYOUTS = (LAYOUT, ROUNDED, IN_BLOCKS)
 export = functools.partial(packed_export.export, LAYOUTS)

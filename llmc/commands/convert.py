@@ -29,7 +29,7 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
     """
     from llmc import names
     from llmc.commands.progress import shown
-    from llmc.commands.report import folder_size
+    from llmc.commands.report import folder_size, use
     from llmc.converters.convert import convert
     from llmc.tokenizer import Tokenizer
 
@@ -48,10 +48,11 @@ def command(source: Path, out: Path, base: Path | None, dtype: str, overwrite: b
     if made.recipe and made.recipe.weights:
         form = made.recipe.weights
         groups = f"groups of {form.group_size}" if form.group_size else "one scale" if form.per_tensor else "rows"
-        kind = "fp8" if form.kind == "fp8" else f"{form.bits} bits"
+        kind = f"{form.bits} bits" if form.kind == "int" else form.kind
         inputs = made.recipe.activations
+        order = " in act-order" if made.recipe.ordered else ""
         rounded = f", inputs in {inputs.kind}" if inputs else ""
-        click.echo(f"  packed      {kind}, {groups}{rounded}: taken over as they are")
-        click.echo(f"next: llmc build-engine {out} ENGINE")
+        click.echo(f"  packed      {kind}, {groups}{order}{rounded}: taken over as they are")
+        click.echo(f"next: {use(made.recipe, out)}")
     else:
         click.echo(f"next: llmc quantize {out} OUT    (or: llmc build-engine {out} ENGINE)")

@@ -58,9 +58,13 @@ def fields(choices: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: An option does not go with the algorithm.
     """
+    from llmc.recipe import BLOCKS
+
     algorithm = choices["algo"]
     if algorithm in _ROWS:
         found = _rows(algorithm, choices)
+    elif algorithm in BLOCKS:
+        found = _blocks(algorithm, choices)
     else:
         weights: dict[str, Any] = {"bits": int(choices["bits"] or 4), "group_size": int(choices["group_size"] or 32)}
         asymmetric = choices["asymmetric"]
@@ -93,6 +97,20 @@ def _rows(algorithm: str, choices: Mapping[str, Any]) -> dict[str, Any]:
         weights["per_tensor"] = choices["per_tensor"]
     activations = choices["activations"] or ("static" if algorithm == "smoothquant" else "dynamic")
     return {"weights": weights, "outside": _OUTSIDE, "activations": _activations(kind, activations)}
+
+
+def _blocks(algorithm: str, choices: Mapping[str, Any]) -> dict[str, Any]:
+    from llmc.recipe import BLOCKS
+
+    names = ("bits", "group_size", "asymmetric", "override", "activations")
+    for name in names:
+        if choices[name] not in (None, (), "none"):
+            option = name.replace("_", "-")
+            raise UserError(
+                f"{algorithm} has bits and blocks of its own and rounds weights alone: leave --{option} out", param=name
+            )
+    blocks = BLOCKS[algorithm]
+    return {"weights": {"kind": algorithm, "bits": blocks.bits, "group_size": blocks.size}, "outside": _OUTSIDE}
 
 
 def _activations(kind: str, choice: str) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ def command(folder: Path, as_json: bool, quick: bool) -> None:
     for line in manifests.lineage(found):
         table.add_row("made from", line)
     table.add_row("with", ", ".join(f"{name} {version}" for name, version in found.tools.items()))
-    if found.kind in ("checkpoint", "engine") and (score := runners.spec_of(folder).score):
+    if found.kind in ("checkpoint", "engine") and (score := runners.spec_of(found.kind, folder).score):
         end = "" if score.pad is None else f" that is not {score.pad}"
         table.add_row("scoring head", f"{score.labels} labels, of the last token{end}")
     for section in (found.settings, found.notes):

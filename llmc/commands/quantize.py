@@ -19,8 +19,8 @@ from llmc.commands.values import Assignment, Percent
     "--algo",
     default="rtn",
     show_default=True,
-    help="rtn rounds to the nearest code; gptq and awq look at a text; w8a8, smoothquant, fp8 round inputs, too; none "
-    "keeps weights.",
+    help="rtn rounds to the nearest code; gptq and awq look at a text; w8a8, smoothquant, fp8 round inputs, too; "
+    "nvfp4, mxfp4, mxfp8 are for CUDA; none keeps weights.",
 )
 @formats.options
 @click.option("--option", type=Assignment(), multiple=True, help="Of the algorithm, say act_order=false. Repeatable.")
@@ -64,4 +64,4 @@ def command(checkpoint: Path, out: Path, overwrite: bool, **choices: Any) -> Non
             progress=progress,
         )
     report.quantization(out, figures)
-    click.echo(f"next: llmc build-engine {out} ENGINE    (or: llmc evaluate {checkpoint} {out} --text FILE)")
+    click.echo(f"next: {report.use(figures.recipe, out)}    (or: llmc evaluate {checkpoint} {out} --text FILE)")

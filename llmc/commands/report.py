@@ -21,6 +21,13 @@ def folder_size(folder: Path) -> str:
     return human(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
+def use(recipe: Any, out: Path) -> str:
+    """The command that goes on with a quantized checkpoint."""
+    if recipe.weights and recipe.weights.blocks:
+        return f"llmc export {out} FOLDER --format modelopt"
+    return f"llmc build-engine {out} ENGINE"
+
+
 def evaluation(rows: list[dict[str, Any]]) -> None:
     """The table of `llmc evaluate`, from the figures that `--json` writes; columns without any figure are left out."""
     from rich.console import Console
@@ -165,7 +172,7 @@ def _formats(figures: Any) -> str:
     counts: dict[str, int] = {}
     for name in figures.errors:
         form, inputs = figures.recipe.format_of(name), figures.recipe.inputs_of(name)
-        text = "in fp8" if form.kind == "fp8" else f"in {form.bits} bits"
+        text = f"in {form.bits} bits" if form.kind == "int" else f"in {form.kind}"
         text += f", groups of {form.group_size}" if form.group_size else ", one scale" if form.per_tensor else ", rows"
         text += ("" if form.symmetric else " with zero points") + (", inputs rounded" if inputs else "")
         counts[text] = counts.get(text, 0) + 1

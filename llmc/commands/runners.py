@@ -6,31 +6,30 @@ from pathlib import Path
 from typing import Any
 
 
-def open_any(folder: Path, length: int | None = None) -> tuple[str, Any]:
-    """The kind of a folder, and a runner of one sequence for it: an engine, or the reference decoder of a checkpoint.
+def opened(kind: str, folder: Path, *, sequences: int = 1, longest: int | None = None) -> Any:
+    """A runner (see llmc/runtime.py): an engine's, or a slow one in PyTorch for a checkpoint or a Hugging Face folder.
 
     Args:
-        length: Of the longest sequence that a checkpoint will see.
+        kind: "engine", "hf" or "checkpoint", as the folder's manifest or `llmc.commands.sides.locate` says.
+        sequences: As many at a time.
+        longest: Tokens of a sequence that PyTorch must have room for; a checkpoint can do without.
     """
-    from llmc import manifest as manifests
-
-    kind = manifests.read(folder).kind
     if kind == "engine":
         from llmc.serve.runners import open_runner
 
-        return kind, open_runner(folder, max_sequences=1)
+        return open_runner(folder, max_sequences=sequences)
     from llmc.need import need
 
     need("torch")
-    from llmc.evaluate.reference import open_reference
+    from llmc.evaluate import reference
 
-    return kind, open_reference(folder, max_sequences=1, max_length=length)
+    opener: Any = reference.open_hugging_face if kind == "hf" else reference.open_reference
+    return opener(folder, max_sequences=sequences, max_length=longest)
 
 
-def spec_of(folder: Path) -> Any:
+def spec_of(kind: str, folder: Path) -> Any:
     """The ModelSpec of an engine or a checkpoint."""
-    from llmc import manifest as manifests
     from llmc.checkpoint import Checkpoint
     from llmc.engine import describe
 
-    return describe(folder).spec if manifests.read(folder).kind == "engine" else Checkpoint(folder).spec
+    return describe(folder).spec if kind == "engine" else Checkpoint(folder).spec

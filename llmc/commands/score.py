@@ -26,16 +26,18 @@ def command(folder: Path, file: Path, json_path: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from llmc import manifest as manifests
     from llmc.commands import runners
     from llmc.commands.progress import shown
     from llmc.evaluate import scores
     from llmc.tokenizer import Tokenizer
 
     rows = scores.read_rows(file)
-    _, runner = runners.open_any(folder)
+    kind = manifests.read(folder).kind
+    runner = runners.opened(kind, folder)
     try:
         with shown() as progress:
-            pad = runners.spec_of(folder).score
+            pad = runners.spec_of(kind, folder).score
             found = list(
                 scores.score_rows(
                     runner,

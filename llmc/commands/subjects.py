@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llmc.commands import runners
 from llmc.commands.sides import locate
 from llmc.errors import UserError
 
@@ -62,18 +63,7 @@ def _open(name: str, longest: int, sequences: int) -> Model:
         return Model(name, kind, None, open_server(name), None, None)
     from llmc.tokenizer import Tokenizer
 
-    if kind == "engine":
-        from llmc.serve.runners import open_runner
-
-        runner: Any = open_runner(folder, max_sequences=sequences)
-    else:
-        from llmc.need import need
-
-        need("torch")
-        from llmc.evaluate import reference
-
-        opener = reference.open_hugging_face if kind == "hf" else reference.open_reference
-        runner = opener(folder, max_sequences=sequences, max_length=longest)
+    runner = runners.opened(kind, folder, sequences=sequences, longest=longest)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Model(name, kind, runner, None, Tokenizer.load(folder), size)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import torch
 from pydantic import PositiveInt
@@ -34,6 +33,7 @@ from llmc.quant import scales, smoothing
 from llmc.quant.algorithm import Transform
 from llmc.quant.by_layer import ByLayer, Found, Part
 from llmc.quant.gram import grouped, values_of
+from llmc.quant.observed import Observed
 from llmc.quant.pack import Packed
 from llmc.recipe import QuantRecipe, WeightFormat
 from llmc.runtime import Tokens
@@ -42,7 +42,6 @@ CALIBRATES = True
 
 _SMALLEST = 1e-4  # of a scale before it is divided by its middle: a dead channel must not win everything
 _NOT_CLIPPED = (".attn.q", ".attn.k")
-DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
 
 class Options(Strict):
@@ -66,37 +65,6 @@ def prepare(checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Token
     return ByLayer(checkpoint, recipe, windows, Awq(checkpoint, options, every))
 
 
-class Inputs:
-    """What is remembered of the inputs of linears.
-
-    Attributes:
-        rows: Each `every`th of a window's rows, [some, in], beginning with the first in the first window, the second in
-            the second, and so on: a window's first token, whose channels can be a thousand times as large as any
-            other's, has no more than its share.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._rows: dict[str, list[Tensor]] = {}
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Add inputs [rows, in]."""
-        self._sums[name] = self._sums.get(name, torch.zeros(x.shape[1])) + x.abs().sum(0)
-        self._counts[name] = self._counts.get(name, 0) + len(x)
-        kept = self._rows.setdefault(name, [])
-        kept.append(x[len(kept) % self._every :: self._every].clone())
-
-    def rows(self, name: str) -> Tensor:
-        return torch.cat(self._rows[name])
-
-    def mean(self, wanted: Sequence[str]) -> Tensor:
-        """Mean magnitude of each channel over the inputs of several linears."""
-        total: Tensor = torch.stack([self._sums[name] for name in wanted]).sum(0)
-        return total / sum(self._counts[name] for name in wanted)
-
-
 class Awq:
     """A Method of llmc/quant/by_layer.py.
 
@@ -115,7 +83,7 @@ class Awq:
 
     def layer(self, part: Part) -> Found:
         """See Method."""
-        inputs = Inputs(self._every)
+        inputs = Observed(self._every)
         watched = dict.fromkeys(
             [*part.formats, *(target for group in self._groups.get(part.name, []) for target in group.targets)]
         )
@@ -131,7 +99,7 @@ class Awq:
                 factors.update(dict.fromkeys(group.targets, wide))
         return dict(self._rounded(part, values, factors, leaders, inputs))
 
-    def _search(self, part: Part, group: SmoothingGroup, leaders: dict[str, str], inputs: Inputs) -> Tensor:
+    def _search(self, part: Part, group: SmoothingGroup, leaders: dict[str, str], inputs: Observed) -> Tensor:
         """The best scale over the source's channels."""
         met = [target for target in group.targets if target in leaders]
         rounded = [target for target in met if target in part.formats]
@@ -147,19 +115,14 @@ class Awq:
             total = 0.0
             for target in rounded:
                 weight, form = part.weight(target), part.formats[target]
-                lost = nearest(weight * wide, form).div_(wide).sub_(weight)
+                lost = scales.nearest(weight * wide, form).div_(wide).sub_(weight)
                 total += float((rows[leaders[target]] @ lost.T).square().sum()) / max(whole[target], 1e-30)
             return total
 
-        found = [self._usable(group, part, scale) for scale in candidates(magnitude, share, self.options.steps)]
+        dtype, source = self._infos[f"{group.source}.weight"].dtype, part.weight(group.source)
+        tried = candidates(magnitude, share, self.options.steps)
+        found = [smoothing.representable(scale, source, dtype) for scale in tried]
         return min(found, key=loss)
-
-    def _usable(self, group: SmoothingGroup, part: Part, scale: Tensor) -> Tensor:
-        info = self._infos[f"{group.source}.weight"]
-        source = part.weight(group.source)
-        if source.dim() == 2 or info.dtype not in DTYPES:
-            return scale
-        return smoothing.representable(scale, source, DTYPES[info.dtype])
 
     def _rounded(
         self,
@@ -167,7 +130,7 @@ class Awq:
         values: dict[str, Tensor],
         factors: dict[str, Tensor],
         leaders: dict[str, str],
-        inputs: Inputs,
+        inputs: Observed,
     ) -> Iterator[tuple[str, Packed | np.ndarray]]:
         for name, x in values.items():
             matrix = name.removesuffix(".weight")
@@ -182,7 +145,7 @@ class Awq:
 
     def head(self, matrix: str, weight: Tensor, states: Sequence[Tensor] | States, form: WeightFormat) -> Packed:
         """See Method."""
-        inputs = Inputs(self._every)
+        inputs = Observed(self._every)
         for state in states:
             inputs.see(matrix, state.flatten(0, -2))
         return rounded(weight, inputs.rows(matrix), form, clip=form.bits < 8)
@@ -208,12 +171,6 @@ def candidates(magnitude: Tensor, share: Tensor, steps: int) -> Iterator[Tensor]
             if a or b:
                 scale = (magnitude.pow(a) / share.pow(b).clamp(min=1e-30)).clamp(_SMALLEST, 1 / _SMALLEST)
                 yield scale / (scale.amax() * scale.amin()).sqrt()
-
-
-def nearest(weight: Tensor, form: WeightFormat) -> Tensor:
-    """A matrix rounded to nearest, as values."""
-    groups = grouped(weight, form.group_size)
-    return scales.from_extremes(groups, form).rounded(groups).flatten(1)[:, : weight.shape[1]]
 
 
 def rounded(weight: Tensor, rows: Tensor, form: WeightFormat, *, clip: bool) -> Packed:

@@ -26,7 +26,7 @@ def with_head(recipe: QuantRecipe, folder: Path, bits: int) -> QuantRecipe:
     """
     head = "embed" if Checkpoint(folder).spec.tied else "head"
     told = any(fnmatchcase(head, glob) for glob in (*recipe.keep, *recipe.overrides))
-    if recipe.weights is None or recipe.weights.bits >= bits or told:
+    if recipe.weights is None or (recipe.outside or recipe.weights).bits >= bits or told:
         return recipe
     form = recipe.weights.model_copy(update={"bits": bits, "symmetric": True})
     return recipe.model_copy(update={"overrides": {**recipe.overrides, head: form}})

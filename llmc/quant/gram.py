@@ -47,12 +47,6 @@ class Grams:
         return upper.triu_().add_(upper.triu(1).T)
 
 
-def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
-    """|X W^T - X W'^T| / |X W^T|; 0 where the outputs are all zero."""
-    lost, whole = energy(weight - rounded, gram), energy(weight, gram)
-    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
-
-
 def energy(weight: Tensor, gram: Tensor) -> float:
     """|X W^T|^2, some rows at a time."""
     return math.fsum(float(torch.sum((rows @ gram) * rows, dtype=torch.float64)) for rows in torch.split(weight, 4096))

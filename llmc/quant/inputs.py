@@ -21,10 +21,10 @@ from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.layerwise import States
 from llmc.names import SmoothingGroup
-from llmc.quant import rtn, shift, smoothing
-from llmc.quant.awq import DTYPES, Inputs, nearest
+from llmc.quant import rtn, scales, shift, smoothing
 from llmc.quant.by_layer import Found, Part
 from llmc.quant.gram import values_of
+from llmc.quant.observed import Observed
 from llmc.quant.pack import Floats, Packed
 from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
 from llmc.rounding import HIGHEST, Rounding
@@ -34,7 +34,7 @@ _ROWS = 512  # tokens whose outputs are compared
 _NARROWEST = 1e-12
 
 
-class Seen(Inputs):
+class Seen(Observed):
     """Inputs of linears: some rows, and each channel's extremes."""
 
     def __init__(self, every: int) -> None:
@@ -91,7 +91,7 @@ class Trial:
             if id(product.rows) not in made:
                 rounding = Rounding(self.form, product.form.group_size, fixed)
                 made[id(product.rows)] = rounding(product.rows / wide)
-            got = made[id(product.rows)] @ nearest(product.weight * wide, product.form).T
+            got = made[id(product.rows)] @ scales.nearest(product.weight * wide, product.form).T
             total += float(got.sub_(exact).square().sum())
         return total
 
@@ -214,7 +214,8 @@ class ByInputs:
             trial = Trial(self._form, reach, products, widen, narrow)
             scale = self._choose(trial) if self._choose else torch.ones_like(centre)
             if group and self._choose:
-                scale = self._usable(part, group, scale)
+                stored = self._checkpoint.infos[f"{group.source}.weight"].dtype
+                scale = smoothing.representable(scale, part.weight(group.source), stored)
             return _Attempt(centre, scale, trial.loss(scale) if self._centred else 0.0)
 
         middle = (narrow(high) - narrow(-low)) / 2
@@ -234,13 +235,6 @@ class ByInputs:
             if group is None:
                 values[f"{target}.weight"] = values[f"{target}.weight"] * wide
                 entry.inputs["input_multiply"] = 1 / wide
-
-    def _usable(self, part: Part, group: SmoothingGroup, scale: Tensor) -> Tensor:
-        """A scale by which a norm's stored weight is divided without loss."""
-        info, source = self._checkpoint.infos[f"{group.source}.weight"], part.weight(group.source)
-        if source.dim() == 2 or info.dtype not in DTYPES:
-            return scale
-        return smoothing.representable(scale, source, DTYPES[info.dtype])
 
     def _rounded(
         self,

@@ -27,7 +27,7 @@ from llmc.spec import ModelSpec
 
 # Bits of a part's matrices, as they go up; None is kept as it was.
 Level = int | None
-_MORE: Level = 8
+_MORE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ class Mix:
         """From the bottom of each part's ladder to its top."""
         whole, found = self.bytes(), []
         for part, cost in self.sensitivity.items():
-            bits = [form.bits for form in self._formats(part).values()]
+            # Whole numbers alone come in other widths.
+            bits = [form.bits if form.kind == "int" else _MORE for form in self._formats(part).values()]
             weight = whole
             for level in (_MORE, None):
                 if not bits or (level is not None and min(bits) >= level):
@@ -94,7 +95,7 @@ class Mix:
             better = {
                 matrix: form.model_copy(update={"bits": level})
                 for matrix, form in self._formats(part).items()
-                if form.bits < level
+                if form.kind == "int" and form.bits < level
             }
             alike = in_layer and len(better) == len(inside) and len(set(better.values())) == 1
             overrides.update({f"{part}.*": next(iter(better.values()))} if alike else better)

@@ -1,6 +1,7 @@
-"""Packed integer weights: codes to bytes and back, and what they stand for.
+"""Packed weights: codes to bytes and back, and what they stand for.
 
-    value[r, c] = (code[r, c] - zero[r, c // group]) * scale[r, c // group]
+    value[r, c] = (code[r, c] - zero[r, c // group]) * scale[r, c // group]          whole numbers
+    value[r, c] = code[r, c] * (scale[r, c // block] [* scale_2])                    floating-point numbers
 
     codes of a row, 4 bits    c0 c1 c2 c3 ...        padded with the zero point to whole groups
     bytes                     c1c0  c3c2  ...        low bits first
@@ -39,22 +40,26 @@ class Packed:
 
     Attributes:
         qweight: uint8 [out, groups * group_size * bits / 8], or float8_e4m3fn [out, in].
-        scale: float32 [out, groups], or [1, 1].
+        scale: float32 [out, groups], or [1, 1]; of blocks float8_e4m3fn or float8_e8m0fnu.
         zero: uint8 [out, ceil(groups * bits / 8)], None when symmetric.
         inputs: What the linear's input goes through, by kind (`input_scale`, ...), in the order of packed_plan.
         error: |X W^T - X W'^T| / |X W^T| on the calibration text X, where the algorithm knows it. Not stored.
+        scale_2: float32 [1], of blocks whose matrix has a scale as well.
     """
 
     qweight: Array
-    scale: Floats
+    scale: Array
     zero: Bytes | None = None
     error: float | None = None
-    inputs: Mapping[str, Floats] = field(default_factory=dict)
+    inputs: Mapping[str, Array] = field(default_factory=dict)
+    scale_2: Floats | None = None
 
     def pieces(self, module: str) -> Iterator[tuple[str, Array]]:
         """The tensors under their canonical names."""
         yield f"{module}.qweight", self.qweight
         yield f"{module}.scale", self.scale
+        if self.scale_2 is not None:
+            yield f"{module}.scale_2", self.scale_2
         if self.zero is not None:
             yield f"{module}.zero", self.zero
         for kind, values in self.inputs.items():
@@ -82,21 +87,30 @@ def unpack_codes(packed: Bytes, bits: int, count: int) -> Bytes:
 
 
 def dequantize(
-    qweight: Array, scale: Floats, zero: Bytes | None, weight_format: WeightFormat, in_features: int
+    qweight: Array,
+    scale: Array,
+    zero: Bytes | None,
+    weight_format: WeightFormat,
+    in_features: int,
+    *,
+    order: Array | None = None,
+    scale_2: Floats | None = None,
 ) -> Floats:
     """What a packed matrix stands for.
 
     Args:
-        qweight, scale, zero: See `Packed`.
+        qweight, scale, zero, scale_2: See `Packed`.
+        order: int32 [in_features], the input of each column as it is packed; None: they are in order.
 
     Returns:
         float32 [out, in_features].
     """
-    packed = Packed(qweight, scale, zero)
+    packed = Packed(qweight, scale, zero, scale_2=scale_2)
     values = np.empty((len(qweight), in_features), np.float32)
+    columns = slice(None) if order is None else order
 
     def work(part: slice) -> None:
-        values[part] = dequantize_rows(packed, weight_format, in_features, part)
+        values[part, columns] = dequantize_rows(packed, weight_format, in_features, part)
 
     over_rows(work, len(qweight), in_features)
     return values
@@ -106,14 +120,17 @@ def dequantize_rows(packed: Packed, weight_format: WeightFormat, in_features: in
     """Some rows of `dequantize`, on this thread."""
     if weight_format.kind == "fp8":
         return packed.qweight[part].astype(np.float32) * packed.scale[... if weight_format.per_tensor else part]
-    size, bits = weight_format.width(in_features), weight_format.bits
-    scale = packed.scale[part, :, None]
+    size, bits, blocks = weight_format.width(in_features), weight_format.bits, weight_format.blocks
+    scale = packed.scale[part, :, None].astype(np.float32, copy=False)
+    if packed.scale_2 is not None:
+        scale = scale * packed.scale_2
     rows, groups, _ = scale.shape
-    codes = unpack_codes(packed.qweight[part], bits, groups * size).reshape(rows, groups, size).astype(np.float32)
-    if packed.zero is None:
-        codes -= np.float32(1 << (bits - 1))
-    else:
+    stored = unpack_codes(packed.qweight[part].view(np.uint8), bits, groups * size).reshape(rows, groups, size)
+    codes = (stored.view(blocks.codes) if blocks else stored).astype(np.float32)
+    if packed.zero is not None:
         codes -= unpack_codes(packed.zero[part], bits, groups)[:, :, None]
+    elif blocks is None:
+        codes -= np.float32(1 << (bits - 1))
     codes *= scale
     return codes.reshape(rows, groups * size)[:, :in_features]
 

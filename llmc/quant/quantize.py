@@ -5,6 +5,9 @@
                                         └── more bits, where there is room for them         │
                                         └── more bits, when not good enough ◄───────────────┘
 
+A KV cache is calibrated on the weights that were written, and its scales put beside them: algorithms scale the value
+projections, so keys and values are those of the result. A checkpoint that is quantized already can be given one, too.
+
 The folder's manifest has what follows from the inputs alone. report.json and report.png beside it also say how long it
 took and how much memory, and are not part of the folder's identity.
 
@@ -30,7 +33,7 @@ import numpy as np
 
 from llmc import checkpoint as checkpoints
 from llmc import manifest as manifests
-from llmc import names
+from llmc import names, tensors
 from llmc.checkpoint import Checkpoint
 from llmc.config import parse
 from llmc.errors import CheckpointError, UserError
@@ -148,7 +151,7 @@ def quantize(
     Raises:
         UserError: The recipe does not fit the model, or `target` exists.
         GateError: `max_increase` is not met while anything is quantized.
-        ArtifactError: `source` is not a whole, unquantized checkpoint.
+        ArtifactError: `source` is not a whole checkpoint.
     """
     began = time.perf_counter()
     checkpoint = Checkpoint(source)
@@ -159,8 +162,10 @@ def quantize(
         room(checkpoint, recipe, target_bits)
     manifests.check_target(target, overwrite=overwrite)
     calibration = _needed(recipe, calibration)
+    if checkpoint.recipe:
+        recipe = checkpoint.recipe.model_copy(update={"kv_cache": recipe.kv_cache})
     with manifests.creating(target, overwrite=overwrite) as folder:
-        work = _Work(folder, checkpoint, recipe, calibration, progress or (lambda *_: None))
+        work = _Work(folder, checkpoint, calibration, progress or (lambda *_: None))
         figures, mix = work.write(recipe), None
         if target_bits is not None and probe:
             mix = work.mix(recipe, probe)
@@ -192,24 +197,14 @@ def _check_goal(
 
 
 class _Work:
-    """What all attempts share.
-
-    Args:
-        recipe: Of the first of them.
-    """
+    """What all attempts share."""
 
     def __init__(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        recipe: QuantRecipe,
-        calibration: Calibration | None,
-        progress: Progress,
+        self, folder: Path, checkpoint: Checkpoint, calibration: Calibration | None, progress: Progress
     ) -> None:
         self._folder, self._checkpoint, self._progress = folder, checkpoint, progress
         self._calibration = calibration
         self._sample = self._read(calibration) if calibration else Sample((), "")
-        self._scales = _kv_scales(checkpoint, recipe, self._sample.windows, progress)
         self._hashes: dict[str, str] = {}
 
     def _read(self, calibration: Calibration) -> Sample:
@@ -219,19 +214,47 @@ class _Work:
     def write(self, recipe: QuantRecipe) -> Figures:
         """Everything but the reports, in place of what was there."""
         _clear(self._folder)
-        checkpoint, windows = self._checkpoint, self._sample.windows
-        infos = checkpoints.plan(checkpoint.spec, recipe, checkpoint.infos)
-        figures = Figures(_total(checkpoint.infos), _total(infos), recipe=recipe)
-        figures.parameters = parameters(checkpoint.spec)
-        figures.parts = bits_by_part(checkpoint.spec, recipe)
+        figures = Figures(_total(self._checkpoint.infos), 0, recipe=recipe)
+        figures.parameters = parameters(self._checkpoint.spec)
+        figures.parts = bits_by_part(self._checkpoint.spec, recipe)
         figures.calibrated_on = self._sample.source or None
-        transform = algorithm(recipe.algorithm).prepare(checkpoint, recipe, windows) if recipe.weights else None
-        stream = _stream(checkpoint, recipe, transform, self._scales, figures, self._progress)
-        load = functools.partial(_next, stream)
-        self._hashes = checkpoints.write(self._folder, checkpoint.spec, infos, load, recipe=recipe)
-        checkpoint.copy_companions(self._folder)
+        if recipe.kv_cache is None:
+            self._hashes = self._quantize(recipe, self._folder, figures)
+        else:
+            self._hashes = self._give_cache(recipe, figures)
+        figures.bytes_after = _total(tensors.read_folder(self._folder))
+        self._checkpoint.copy_companions(self._folder)
         self.seal(figures)
         return figures
+
+    def _quantize(self, recipe: QuantRecipe, folder: Path, figures: Figures) -> dict[str, str]:
+        """Write the weights; returns the hashes of files."""
+        checkpoint = self._checkpoint
+        infos = checkpoints.plan(checkpoint.spec, recipe, checkpoint.infos)
+        transform = algorithm(recipe.algorithm).prepare(checkpoint, recipe, self._sample.windows)
+        stream = _stream(checkpoint, recipe, transform, figures, self._progress)
+        load = functools.partial(_next, stream)
+        return checkpoints.write(folder, checkpoint.spec, infos, load, recipe=recipe)
+
+    def _give_cache(self, recipe: QuantRecipe, figures: Figures) -> dict[str, str]:
+        """Write weights, and with them the scales of a KV cache that were calibrated on them."""
+        solved, unfinished = self._checkpoint, self._folder / "weights"
+        if recipe.weights and solved.recipe is None:
+            unfinished.mkdir()
+            hashes = self._quantize(recipe.model_copy(update={"kv_cache": None}), unfinished, figures)
+            manifests.seal(unfinished, manifests.Manifest(kind="checkpoint", tools={}), hashes)
+            solved = Checkpoint(unfinished)
+        else:
+            figures.kept = [name for name in names.matrices(solved.spec) if not recipe.format_of(name)]
+        scales = _kv_scales(solved, recipe, self._sample.windows, self._progress)
+        infos = checkpoints.plan(solved.spec, recipe, solved.infos)
+
+        def load(name: str) -> Array:
+            return scales[name] if name in scales else solved[name]
+
+        hashes = checkpoints.write(self._folder, solved.spec, infos, load, recipe=recipe)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return hashes
 
     def mix(self, recipe: QuantRecipe, probe: Probe) -> Mix:
         """What each part costs with the recipe that was written."""
@@ -291,13 +314,14 @@ def check_recipe(checkpoint: Checkpoint, recipe: QuantRecipe) -> QuantRecipe:
         The recipe with the algorithm's options written out.
 
     Raises:
-        UserError: The checkpoint is quantized already, a glob fits no matrix, no matrix is left to quantize, or the
-            algorithm does not know an option.
+        UserError: The checkpoint is quantized already and not a KV cache alone is asked for, a glob fits no matrix, no
+            matrix is left to quantize, or the algorithm does not know an option.
     """
-    if checkpoint.recipe is not None:
+    if checkpoint.recipe is not None and (recipe.weights or checkpoint.recipe.kv_cache):
         raise UserError(
             f"{checkpoint.folder} is quantized already (by {checkpoint.recipe.algorithm}): "
-            "quantize the checkpoint that it was made from, with everything you want in one command"
+            "quantize the checkpoint that it was made from, with everything you want in one command; "
+            "what can be added is an 8-bit KV cache, by --algo none --kv-cache int8"
         )
     if (recipe.weights is None) != (recipe.algorithm == NONE):
         raise UserError("an algorithm needs a weight format, and --algo none has none", param="algo")
@@ -365,18 +389,17 @@ def _kv_scales(
 def _stream(
     checkpoint: Checkpoint,
     recipe: QuantRecipe,
-    transform: Transform | None,
-    scales: Mapping[str, Array],
+    transform: Transform,
     figures: Figures,
     progress: Progress,
 ) -> Iterator[tuple[str, Array]]:
     """Every tensor of the quantized checkpoint in the order of its plan, one matrix in memory at a time."""
     for done, name in enumerate(checkpoint):
-        module, _, kind = name.rpartition(".")
+        module = name.rpartition(".")[0]
         is_matrix = names.is_matrix(name, checkpoint.infos[name].shape)
         weight_format = recipe.format_of(module) if is_matrix else None
         values = checkpoint[name]
-        found = transform(name, values, weight_format) if transform else values
+        found = transform(name, values, weight_format)
         if isinstance(found, Packed) and weight_format:
             if found.error is None:
                 figures.errors[module] = relative_error(values, found, weight_format)
@@ -387,8 +410,6 @@ def _stream(
             if is_matrix:
                 figures.kept.append(module)
             yield name, found
-        if kind == "weight" and f"{module}_scale" in scales:
-            yield f"{module}_scale", scales[f"{module}_scale"]
         progress("quantizing", done + 1, len(checkpoint.infos))
 
 

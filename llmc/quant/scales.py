@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmc.quant.gram import grouped
 from llmc.quant.pack import Packed, pack_codes
 from llmc.recipe import WeightFormat
 
@@ -57,6 +58,12 @@ def from_extremes(values: Tensor, form: WeightFormat, shrink: float = 1.0) -> Gr
         zero = (-low * (steps / span.clamp(min=_NARROWEST))).round_().clamp_(0, highest)
     scale = torch.where(span > _NARROWEST, span / steps, torch.ones_like(span))
     return Grid(scale, zero, highest)
+
+
+def nearest(weight: Tensor, form: WeightFormat) -> Tensor:
+    """A matrix rounded to nearest, as values."""
+    groups = grouped(weight, form.group_size)
+    return from_extremes(groups, form).rounded(groups).flatten(1)[:, : weight.shape[1]]
 
 
 def searched(values: Tensor, form: WeightFormat, grams: Tensor) -> Grid:

@@ -7,10 +7,16 @@ Knows: smoothing groups (llmc/names.py). Does not know: how scales are chosen.
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmc.names import SmoothingGroup
+
+_NARROW = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
 
 def fold(values: dict[str, Tensor], group: SmoothingGroup, scale: Tensor, *, heads: int = 1) -> Tensor:
@@ -49,13 +55,20 @@ def largest(columns: Tensor, repeat: int, heads: int) -> Tensor:
     return columns.view(heads, repeat, -1).amax(1).flatten() if repeat > 1 else columns
 
 
-def representable(scale: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale nearest to `scale` by which a norm's weight, stored as `dtype`, is divided without loss.
+def representable(scale: Tensor, source: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """The scale nearest to `scale` by which a source is divided without loss.
 
-    A norm of bfloat16 would be rounded by the division; the targets, which are rounded anyhow, can take up the
-    difference.
+    A norm of 16 bits would be rounded by the division; the targets, which are rounded anyhow, can take up the
+    difference. A linear before takes any scale, and so does a norm of float32.
+
+    Args:
+        scale: [channels of the source].
+        source: The weight of a norm [channels], or of a linear [channels, in].
+        dtype: What that is stored as.
     """
-    stored = (source / scale).to(dtype).float()
+    if source.dim() == 2 or dtype not in _NARROW:
+        return scale
+    stored = (source / scale).to(_NARROW[dtype]).float()
     exact = source / stored
     usable = torch.isfinite(exact) & (exact > 0)
     return torch.where(usable, exact, torch.ones_like(scale))

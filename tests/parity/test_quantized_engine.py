@@ -7,19 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-import torch
+from logits import engine_logits, reference_logits
 
-from llmc import model
 from llmc.builders import ort as builder
-from llmc.checkpoint import Checkpoint
 from llmc.quant.corpus import Calibration
 from llmc.quant.quantize import quantize
 from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
-from llmc.runtime import Chunk
-from llmc.serve.runners import open_runner
-
-TOKENS = np.array(tiny.tokens(60))
 
 
 def recipe(
@@ -102,21 +95,3 @@ def test_int8_cache(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], 
     # A key within float error of the middle between two codes may fall to either side; the mean tells.
     assert np.abs(chunked - expected).mean() < 0.05 * np.abs(exact - expected).mean()
     assert np.abs(whole - exact).mean() < 3 * np.abs(exact - expected).mean()
-
-
-def engine_logits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of all tokens at once, and in chunks."""
-    runner = open_runner(folder, threads=1, max_sequences=2)
-    runner.claim(1, TOKENS)
-    (whole,) = runner.step([Chunk(1, 0, TOKENS, len(TOKENS))])
-    chunked = []
-    for begin, end in ((0, 7), (7, 8), (8, 40), (40, 60)):
-        (part,) = runner.step([Chunk(1, begin, TOKENS[begin:end], end - begin)])
-        chunked.append(part.copy())
-    runner.close()
-    return whole, np.concatenate(chunked)
-
-
-def reference_logits(folder: Path) -> np.ndarray:
-    with torch.no_grad():
-        return model.load(Checkpoint(folder))(torch.from_numpy(TOKENS)[None])[0].numpy()

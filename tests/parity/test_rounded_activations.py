@@ -12,21 +12,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import tiny
-import torch
+from logits import engine_logits, reference_logits
 
-from llmc import model
 from llmc.builders import onnx_inputs
 from llmc.builders import ort as builder
 from llmc.builders.onnx_graph import Graph
 from llmc.checkpoint import Checkpoint
 from llmc.quant.quantize import Calibration, quantize
 from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
-from llmc.runtime import Chunk
-from llmc.serve.runners import open_runner
 
 TOLERANCE = 0.005  # mean distance of logits, of their standard deviation; most cases are below 1e-6
-TOKENS = np.array(tiny.tokens(60))
 ROWS, FP8 = WeightFormat(bits=8, group_size=0), WeightFormat(kind="fp8", bits=8, group_size=0)
 OUTSIDE = WeightFormat(bits=8, group_size=32)
 
@@ -109,21 +104,3 @@ def test_an_engine_holds_fp8(per_tensor: bool, tmp_path: Path, tiny_checkpoint: 
     codes = Checkpoint(tmp_path / "quantized")["layers.0.mlp.up.qweight"]
     assert codes.dtype == ml_dtypes.float8_e4m3fn
     assert np.abs(codes.astype(np.float32)).max() == 448
-
-
-def engine_logits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of all tokens at once, and in chunks."""
-    runner = open_runner(folder, threads=1, max_sequences=2)
-    runner.claim(1, TOKENS)
-    (whole,) = runner.step([Chunk(1, 0, TOKENS, len(TOKENS))])
-    chunked = []
-    for begin, end in ((0, 7), (7, 8), (8, 40), (40, 60)):
-        (part,) = runner.step([Chunk(1, begin, TOKENS[begin:end], end - begin)])
-        chunked.append(part.copy())
-    runner.close()
-    return whole, np.concatenate(chunked)
-
-
-def reference_logits(folder: Path) -> np.ndarray:
-    with torch.no_grad():
-        return model.load(Checkpoint(folder))(torch.from_numpy(TOKENS)[None])[0].numpy()

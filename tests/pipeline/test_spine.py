@@ -9,14 +9,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from command_line import llmc
 
 from llmc.errors import EngineError
 from llmc.serve.local import serving
-
-
-def llmc(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmc.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_from_a_folder_to_an_answer(tmp_path: Path, tiny_source: Callable[[str], Path]) -> None:
@@ -29,9 +25,7 @@ def test_from_a_folder_to_an_answer(tmp_path: Path, tiny_source: Callable[[str],
         ("generate", engine, "--prompt", "the quick", "--max-tokens", 8),
         ("inspect", engine),
     ):
-        done = llmc(*arguments)
-        assert done.returncode == 0, done.stderr
-        said += done.stdout
+        said += llmc(*arguments)
     for following in ("llmc quantize", "llmc build-engine", "llmc serve"):
         assert f"next: {following}" in said
     assert "made from checkpoint quantized" in " ".join(said.split())

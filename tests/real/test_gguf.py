@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 
 from llmc.checkpoint import Checkpoint
 from llmc.converters import gguf_file
-from llmc.converters.convert import convert
 from llmc.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -34,15 +32,8 @@ print(kilobytes("VmHWM") - before, max(info.nbytes for info in made.infos.values
 
 
 @pytest.fixture(scope="module")
-def source() -> Path:
-    if not os.environ.get("LLMC_REAL_MODEL"):
-        pytest.fail("LLMC_REAL_MODEL is not set: it is the path of a Qwen2.5-Coder-0.5B-Instruct GGUF file")
-    return Path(os.environ["LLMC_REAL_MODEL"])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return convert(source, tmp_path_factory.mktemp("gguf") / "checkpoint")
+def checkpoint(converted: Path) -> Checkpoint:
+    return Checkpoint(converted)
 
 
 @pytest.fixture(scope="module")

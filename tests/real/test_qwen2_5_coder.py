@@ -1,15 +1,9 @@
-"""The whole line on real weights: Qwen2.5-Coder-0.5B-Instruct from a GGUF file, every stage by its command.
-
-Run by `make test-real`, with the file's path in LLMC_REAL_MODEL.
-"""
+"""The whole line on real weights: Qwen2.5-Coder-0.5B-Instruct from a GGUF file, every stage by its command."""
 
 from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import llmc
 
 from llmc.runtime import Chunk
 from llmc.serve.local import serving
@@ -30,23 +25,14 @@ QUESTION = [{"role": "user", "content": "Write a Python function that returns th
 COUNT = 64
 
 
-def llmc(*arguments: object) -> None:
-    command = [sys.executable, "-m", "llmc.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `checkpoint`, `exported`, `quantized`, and the engines `fp32` and `int4`."""
-    if not os.environ.get("LLMC_REAL_MODEL"):
-        pytest.fail("LLMC_REAL_MODEL is not set: it is the path of a Qwen2.5-Coder-0.5B-Instruct GGUF file")
+def work(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `exported`, `quantized`, and the engines `fp32` and `int4`."""
     folder = tmp_path_factory.mktemp("real")
-    llmc("convert", os.environ["LLMC_REAL_MODEL"], folder / "checkpoint")
-    llmc("export", folder / "checkpoint", folder / "exported", "--format", "hf")
+    llmc("export", converted, folder / "exported", "--format", "hf")
     quantize = ("--algo", "rtn", "--bits", 4, "--group-size", 32, "--no-evaluate")
-    llmc("quantize", folder / "checkpoint", folder / "quantized", *quantize)
-    llmc("build-engine", folder / "checkpoint", folder / "fp32")
+    llmc("quantize", converted, folder / "quantized", *quantize)
+    llmc("build-engine", converted, folder / "fp32")
     llmc("build-engine", folder / "quantized", folder / "int4")
     return folder
 
@@ -79,7 +65,7 @@ def test_transformers_reads_what_was_exported(work: Path, exported: tuple[Any, A
 
 
 def test_greedy_text_is_the_same_in_transformers_the_reference_and_the_engine(
-    work: Path, exported: tuple[Any, Any], prompt: list[int]
+    work: Path, converted: Path, exported: tuple[Any, Any], prompt: list[int]
 ) -> None:
     import torch
 
@@ -92,7 +78,7 @@ def test_greedy_text_is_the_same_in_transformers_the_reference_and_the_engine(
         text = exported[0].generate(torch.tensor([prompt]), max_new_tokens=COUNT, **greedy)[0, len(prompt) :].tolist()
     assert len(text) == COUNT
 
-    decoder, cache = reference.load(Checkpoint(work / "checkpoint")), reference.KVCache()
+    decoder, cache = reference.load(Checkpoint(converted)), reference.KVCache()
 
     def decode(tokens: list[int], _: int) -> Any:
         with torch.no_grad():

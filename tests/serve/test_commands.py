@@ -77,6 +77,8 @@ MISTAKES = [
     (["serve", "/nowhere"], 4, "llmc build-engine"),
     (["serve", "ENGINE", "--api-key-file", "/nowhere"], 2, "cannot read the API keys"),
     (["serve", "ENGINE", "--api-key-file", "/dev/null"], 2, "has no API key"),
+    (["serve", "ENGINE", "--speculate", "guess"], 2, "--speculate guess: say ngram, ngram:K with K from 1 to 16"),
+    (["serve", "ENGINE", "--speculate", ""], 2, "say ngram"),
     (["serve", "ENGINE", "--host", "256.0.0.1"], 2, "cannot listen on 256.0.0.1:8000"),
 ]
 
@@ -124,7 +126,6 @@ def test_serve_announces_answers_and_drains(engine: Path, options: list[str]) ->
     ("options", "words"),
     [
         (["--kv-cache-gib", "0.00001"], "give it at least"),
-        (["--speculate", "guess"], "--speculate guess: say ngram"),
         (["--speculate", "ngram", "--deterministic"], "exclude each other"),
         (["--max-step-tokens", "16", "--deterministic"], "max_step_tokens (16) must be at least 47"),
     ],

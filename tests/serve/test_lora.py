@@ -10,6 +10,7 @@ from typing import Any
 
 import fake
 import numpy as np
+import packed_folders
 import pytest
 import tiny
 import torch
@@ -191,18 +192,22 @@ def test_which_adapters_have_work(make_engine: MakeEngine, tokenizer: Tokenizer)
             list(handle.events(30))
 
 
-def test_a_quantized_base(tmp_path: Path, opened: Callable[[str], Opened], tiny_checkpoint: Folder) -> None:
-    """What an adapter adds is not rounded with its base."""
+@pytest.mark.parametrize("in_act_order", [False, True])
+def test_a_quantized_base(
+    in_act_order: bool, tmp_path: Path, opened: Callable[[str], Opened], tiny_source: Folder, tiny_checkpoint: Folder
+) -> None:
+    """What an adapter adds is not rounded with its base, nor of inputs in its base's order."""
+    from llmc.converters.convert import convert
     from llmc.model import load
     from llmc.quant.quantize import quantize
     from llmc.recipe import QuantRecipe, WeightFormat
 
     case = opened("llama")
-    quantize(
-        tiny_checkpoint("llama"),
-        tmp_path / "small",
-        QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=4, group_size=32)),
-    )
+    if in_act_order:
+        convert(packed_folders.in_act_order(tiny_source("llama"), tmp_path / "packed"), tmp_path / "small")
+    else:
+        recipe = QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=4, group_size=32))
+        quantize(tiny_checkpoint("llama"), tmp_path / "small", recipe)
     builder.build(tmp_path / "small", tmp_path / "engine", max_length=64, arithmetic="float32", lora=True)
     decoder = load(Checkpoint(tmp_path / "small"))
     adapter = case.adapters[1]

@@ -22,7 +22,7 @@ from llmc.serve.grammar import Constraint
 from llmc.serve.handle import Event, Handle
 from llmc.serve.request import Request, Sampling
 from llmc.serve.runners import open_runner
-from llmc.serve.speculate import Drafter, DraftModel, NGram, Speculation, open_speculation
+from llmc.serve.speculate import Drafter, Drafting, DraftModel, NGram, Speculation, open_speculation
 from llmc.tokenizer import Tokenizer
 
 PROMPTS = [tuple(tiny.tokens(1 + 5 * seed, seed=seed)) for seed in range(5)]
@@ -355,21 +355,22 @@ BAD = ["", "ngrams", "ngram:0", "ngram:17", "ngram:x", "ngram=x", "draft", "draf
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_what_is_said_wrongly_is_refused(how: str, tokenizer: Tokenizer) -> None:
+def test_what_is_said_wrongly_is_refused(how: str) -> None:
     with pytest.raises(UserError, match="ngram:K"):
-        open_speculation(how, tokenizer, fake.VOCAB)
+        Drafting.read(how)
 
 
 def test_what_is_said_rightly(engines: Path, tokenizer: Tokenizer) -> None:
-    assert open_speculation("ngram", tokenizer, fake.VOCAB).most == 6
-    assert open_speculation("ngram:3", tokenizer, fake.VOCAB).most == 3
-    found = open_speculation(f"draft:2={engines / 'llama-tied'}", tokenizer, fake.VOCAB, threads=1)
+    assert open_speculation(Drafting.read("ngram"), tokenizer, fake.VOCAB).most == 6
+    assert open_speculation(Drafting.read("ngram:3"), tokenizer, fake.VOCAB).most == 3
+    smaller = Drafting.read(f"draft:2={engines / 'llama-tied'}")
+    found = open_speculation(smaller, tokenizer, fake.VOCAB, threads=1)
     assert isinstance(found.drafter, DraftModel)
     assert found.most == 2
     found.drafter.close()
     other = tokenizer.backend.from_str(tokenizer.backend.to_str())
     other.add_tokens(["another"])
     with pytest.raises(UserError, match="another vocabulary"):
-        open_speculation(f"draft={engines / 'llama-tied'}", dataclasses.replace(tokenizer, backend=other), 320)
+        open_speculation(smaller, dataclasses.replace(tokenizer, backend=other), 320)
     with pytest.raises(UserError, match="exclude each other"):
         Engine(fake.FakeRunner(), tokenizer, deterministic=True, speculation=Speculation(NGram()))

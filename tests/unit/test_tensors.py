@@ -73,8 +73,14 @@ def test_the_types_that_numpy_lacks(code: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    theirs = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[code]
-    value = np.linspace(-3, 3, 12).reshape(3, 4).astype(DTYPES[code])
+    theirs = {
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    }[code]
+    lowest = 0.1 if code == "F8_E8M0" else -3  # it has no sign
+    value = np.linspace(lowest, 3, 12).reshape(3, 4).astype(DTYPES[code])
     write(tmp_path / "ours.safetensors", {"x": value})
     found = load_file(tmp_path / "ours.safetensors")["x"]
     assert found.dtype == theirs

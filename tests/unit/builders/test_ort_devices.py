@@ -20,7 +20,7 @@ from llmc.engine import describe
 from llmc.errors import CheckpointError, UserError
 from llmc.quant.corpus import Calibration
 from llmc.quant.quantize import quantize
-from llmc.recipe import ActivationFormat, KVCacheFormat, QuantRecipe, WeightFormat
+from llmc.recipe import BLOCKS, ActivationFormat, KVCacheFormat, QuantRecipe, WeightFormat
 from llmc.serve.runners import ort_devices
 
 ROWS, GROUPS = WeightFormat(bits=8, group_size=0), WeightFormat(bits=4, group_size=32)
@@ -43,13 +43,29 @@ REFUSED: dict[str, tuple[str, QuantRecipe | None, dict[str, Any], str]] = {
     ),
     "fp8 weights": ("llama", QuantRecipe(algorithm="fp8", weights=FP8), {}, "fp8 weights.*--algo rtn"),
     "biased scores, int8 cache": ("bloom", QuantRecipe(algorithm="none", kv_cache=KV), {}, "--kv-cache float16"),
+    **{
+        kind: (
+            "llama",
+            QuantRecipe(
+                algorithm=kind,
+                weights=WeightFormat(kind=kind, bits=form.bits, group_size=form.size),  # type: ignore[arg-type]
+                outside=GROUPS,
+            ),
+            {},
+            f"has {kind} weights, which no engine of llmc multiplies: export it",
+        )
+        for kind, form in BLOCKS.items()
+    },
     "adapters": ("llama", None, {"lora": True}, "merge one with `llmc convert ADAPTER OUT --base MODEL`"),
 }
 
 
 @pytest.mark.parametrize("asked", REFUSED)
-def test_what_has_no_kernel_is_refused(asked: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
-    """And built for the CPU all the same."""
+def test_what_has_no_kernel_is_refused(
+    asked: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And built for the CPU all the same, unless that has no kernel either."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # else `quantize` refuses before
     name, recipe, options, message = REFUSED[asked]
     source = tiny_checkpoint(name)
     if recipe:
@@ -61,7 +77,8 @@ def test_what_has_no_kernel_is_refused(asked: str, tmp_path: Path, tiny_checkpoi
     with pytest.raises(UserError, match=f"--device cuda: .*{message}"):
         builder.build(source, tmp_path / "engine", device="cuda", **options)
     assert not (tmp_path / "engine").exists()
-    assert builder.build(source, tmp_path / "engine", **options).device == "cpu"
+    if asked not in DEVICES["cpu"].refused:
+        assert builder.build(source, tmp_path / "engine", **options).device == "cpu"
 
 
 def test_every_refusal_was_tried() -> None:

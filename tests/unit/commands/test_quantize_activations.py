@@ -76,8 +76,6 @@ def test_options_become_formats_and_formats_kernels(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--algo nvfp4", "nvfp4 is computed by kernels of CUDA alone, and this engine runs on the CPU: choose w8a8"),
-        ("--algo mxfp8", "mxfp8 is computed by kernels of CUDA alone"),
         ("--algo w8a8 --bits 4", "w8a8 has 8 bits and a scale for each row"),
         ("--algo smoothquant --group-size 64", "for fewer bits: --algo awq --activations dynamic"),
         ("--algo smoothquant --alpha some", "'alpha': a number from 0 to 1, or search"),

@@ -54,7 +54,6 @@ def folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Folder:
 
 def computes_the_same(found: Path, packed: Path, dense: Path) -> None:
     """What llmc read, and what the layout's own means give."""
-    (packed / "manifest.json").touch()
     theirs = tiny.load(packed_folders.dequantize(packed, dense)).float()
     with torch.no_grad():
         expected = theirs(TOKENS).logits
@@ -115,6 +114,28 @@ def test_groups_larger_than_a_recipe_has(folder: Folder, tmp_path: Path) -> None
     computes_the_same(tmp_path / "found", packed, tmp_path / "dense")
 
 
+@pytest.mark.parametrize("actorder", ["weight", "group"])
+def test_the_orders_of_compressed_tensors(actorder: str, folder: Folder, tmp_path: Path) -> None:
+    """llm-compressor's GPTQ: "weight" (or "static") leaves groups in runs, "group" scattered them."""
+
+    def edit(tensors: Tensors, config: dict[str, Any]) -> None:
+        config["config_groups"]["group_0"]["weights"]["actorder"] = actorder
+        for module in packed_folders.modules(tensors, "weight_packed") if actorder == "group" else ():
+            runs = torch.arange(int(tensors[f"{module}.weight_shape"][1]), dtype=torch.int32) // 32
+            tensors[f"{module}.weight_g_idx"] = runs[torch.randperm(len(runs))]
+
+    packed = folder("compressed-tensors", edit)
+    found = convert(packed, tmp_path / "found")
+    assert found.recipe is not None
+    assert len(found.recipe.ordered) == (7 if actorder == "group" else 0)
+    tensors = load_file(packed / "model.safetensors")
+    for name, module in ((Q, "layers.0.attn.q"), (Q.replace("self_attn.q", "mlp.down"), "layers.0.mlp.down")):
+        scale, codes = tensors[f"{name}.weight_scale"], packed_folders.shifted(tensors[f"{name}.weight_packed"], 4, 1)
+        g_idx = tensors.get(f"{name}.weight_g_idx", torch.arange(codes.shape[1]) // 32)
+        expected = (codes - 8) * scale[:, g_idx.long()]
+        torch.testing.assert_close(model.tensor(found, f"{module}.weight"), expected)
+
+
 def test_symmetry_is_what_the_zero_points_say(folder: Folder, tmp_path: Path) -> None:
     found = convert(folder("awq", lambda *_: None), tmp_path / "found")
     assert found.recipe is not None
@@ -154,16 +175,11 @@ def refusals() -> dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], objec
     """What is wrong -> layout, edit, error and a piece of what it says."""
     unsupported, damaged = UnsupportedModelError, CheckpointError
 
-    def act_order(tensors: Tensors, config: dict[str, Any]) -> None:
-        config["desc_act"] = True
-        tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"].flip(0)
-
     def router(tensors: Tensors, _: object) -> None:
         for part in ("qweight", "qzeros", "scales", "g_idx"):
             tensors[f"model.layers.0.block_sparse_moe.gate.{part}"] = tensors[f"{Q}.{part}"]
 
     return {
-        "act-order": ("gptq", act_order, unsupported, r"'model\.layers\.0\.self_attn\.q_proj': .*act-order"),
         "a packed router": ("gptq", router, unsupported, r"gate' is packed"),
         "3 bits": ("gptq", lambda _, config: config.update(bits=3), unsupported, "'bits' is 3"),
         "an odd size of group": ("gptq", lambda _, c: c.update(group_size=40), unsupported, "groups of 40 inputs"),

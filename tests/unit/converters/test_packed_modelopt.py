@@ -6,19 +6,26 @@ import contextlib
 import copy
 import io
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 
+from llmc.checkpoint import Checkpoint
+from llmc.converters.convert import convert
 from llmc.converters.export import export
+from llmc.errors import CheckpointError, UnsupportedModelError
+from llmc.quant import algorithm
 from llmc.quant.corpus import Calibration, read
 from llmc.quant.quantize import quantize
+from llmc.recipe import BLOCKS as FORMATS
 from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat
 from llmc.tokenizer import Tokenizer
 
@@ -35,12 +42,17 @@ def modelopt() -> Any:
     return modelopt.torch
 
 
-def theirs(modelopt: Any, source: Path, out: Path, config: dict[str, Any], windows: Sequence[Any] = ()) -> None:
-    """What Model Optimizer makes of a model, calibrated on windows of ids."""
+def theirs(modelopt: Any, source: Path, out: Path, config: dict[str, Any], windows: Sequence[Any] | None = ()) -> None:
+    """What Model Optimizer makes of a model, calibrated on windows of ids; with None it runs nothing."""
     model = tiny.load(source).float()
-    read = [torch.tensor(window)[None] for window in windows] or [torch.tensor([tiny.tokens(8)])]
+    read = [torch.tensor(window)[None] for window in windows or ()] or [torch.tensor([tiny.tokens(8)])]
+
+    def forward(found: Any) -> None:
+        for ids in read:
+            found(ids, use_cache=False)
+
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        modelopt.quantization.quantize(model, config, lambda found: [found(ids, use_cache=False) for ids in read])
+        modelopt.quantization.quantize(model, config, None if windows is None else forward)
         modelopt.export.export_hf_checkpoint(model, export_dir=out)
 
 
@@ -140,3 +152,83 @@ def test_rounded_inputs_equal_what_modelopt_exports(
     assert json.loads((tmp_path / "ours" / "config.json").read_text())[
         "quantization_config"
     ] == modelopt.export.convert_hf_config.convert_hf_quant_config_format(ours)
+
+
+# Its preset -> our algorithm, and the types of a linear's tensors.
+NVFP4 = {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_scale_2": torch.float32}
+BLOCKS = {
+    "W4A16_NVFP4_CFG": ("nvfp4", NVFP4),
+    "MXFP4_DEFAULT_CFG": ("mxfp4", {"weight": torch.uint8, "weight_scale": torch.uint8}),
+    "MXFP8_DEFAULT_CFG": ("mxfp8", {"weight": torch.float8_e4m3fn, "weight_scale": torch.uint8}),
+}
+
+
+@pytest.mark.parametrize(("case", "linears"), [("llama", 14), ("glm", 12), ("gpt2-untied", 12)])
+@pytest.mark.parametrize("preset", BLOCKS)
+def test_block_floating_point_equals_what_modelopt_exports(
+    modelopt: Any, preset: str, case: str, linears: int, tiny_source: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its simulation needs CUDA, its packing does not."""
+    (kind, types), config = BLOCKS[preset], copy.deepcopy(getattr(modelopt.quantization, preset))
+    config["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
+    theirs(modelopt, tiny_source(case), tmp_path / "theirs", config, None)
+    monkeypatch.setattr(algorithm, "has_cuda", lambda: True)
+    blocks = FORMATS[kind]
+    form = WeightFormat(kind=kind, bits=blocks.bits, group_size=blocks.size)  # type: ignore[arg-type]
+    quantize(tiny_checkpoint(case), tmp_path / "q", QuantRecipe(algorithm=kind, weights=form, keep=("embed", "head")))
+    export("modelopt", tmp_path / "q", tmp_path / "ours")
+
+    expected, met = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
+    assert expected.keys() == met.keys()
+    for name, value in expected.items():
+        assert (met[name].dtype, met[name].shape) == (value.dtype, value.shape)
+        assert torch.equal(met[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
+    packed = [name.removesuffix(".weight_scale") for name in met if name.endswith(".weight_scale")]
+    assert len(packed) == linears
+    for module in packed:
+        assert {suffix: met[f"{module}.{suffix}"].dtype for suffix in types} == types
+
+    said, ours = (json.loads((tmp_path / side / "hf_quant_config.json").read_text()) for side in ("theirs", "ours"))
+    config_of_theirs, config_of_ours = (
+        json.loads((tmp_path / side / "config.json").read_text())["quantization_config"] for side in ("theirs", "ours")
+    )
+    # Learned positions are no linear, and not named here.
+    for named in (said["quantization"]["exclude_modules"], config_of_theirs["ignore"]):
+        named[:] = [module for module in named if module != "transformer.wpe"]
+    assert ours["quantization"] == said["quantization"]
+    assert config_of_ours == config_of_theirs
+
+    # And back, ours and theirs.
+    for side in ("theirs", "ours"):
+        convert(tmp_path / side, tmp_path / f"{side}-again")
+        again, first = Checkpoint(tmp_path / f"{side}-again"), Checkpoint(tmp_path / "q")
+        assert again.recipe is not None
+        assert (again.recipe.weights, again.recipe.keep) == (form, ("embed", "head"))
+        assert list(again) == list(first)
+        for name in first:
+            assert again[name].dtype == first[name].dtype
+            assert np.array_equal(again[name].reshape(-1).view(np.uint8), first[name].reshape(-1).view(np.uint8)), name
+
+
+def test_what_rounds_inputs_to_4_bits_is_not_read(tmp_path: Path, tiny_source: Callable[[str], Path]) -> None:
+    shutil.copytree(tiny_source("llama"), tmp_path / "theirs")
+    said = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}}
+    (tmp_path / "theirs" / "hf_quant_config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="'quant_algo' is 'NVFP4': of modelopt's llmc reads "):
+        convert(tmp_path / "theirs", tmp_path / "out")
+
+
+def test_linears_in_one_have_one_scale(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algorithm, "has_cuda", lambda: True)
+    form = WeightFormat(kind="nvfp4", bits=4, group_size=16)
+    quantize(tiny_checkpoint("glm"), tmp_path / "q", QuantRecipe(algorithm="nvfp4", weights=form))
+    stored = Checkpoint.__getitem__
+    monkeypatch.setattr(
+        Checkpoint, "__getitem__", lambda of, name: stored(of, name) * (2 if name.endswith("up.scale_2") else 1)
+    )
+    with pytest.raises(CheckpointError, match=r"mlp\.gate and layers\.0\.mlp\.up are one linear, and their 'scale_2'"):
+        export("modelopt", tmp_path / "q", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -220,3 +220,13 @@ def test_what_has_no_place_is_refused(
     with pytest.raises(UserError, match=message):
         export(form, tmp_path / "quantized", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "modelopt"])
+def test_warnings_say_the_format_that_was_asked_for(
+    form: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    how = recipe("w8a8", ROWS, "int8", False).model_copy(update={"keep": ()})
+    made("llama", how, tiny_checkpoint, tmp_path / "quantized")
+    export(form, tmp_path / "quantized", tmp_path / "out")
+    assert f"the format {form} has no place for a quantized embedding or head" in caplog.text

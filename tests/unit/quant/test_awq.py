@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.model import load
-from llmc.quant import awq, rtn
+from llmc.quant import awq, rtn, scales
 from llmc.quant.gram import values_of
 from llmc.quant.pack import Packed
 from llmc.quant.smoothing import fold, gather, representable, spread
@@ -68,10 +69,13 @@ def test_spread_and_gather_are_inverse() -> None:
 def test_a_norm_in_bfloat16_is_divided_without_loss() -> None:
     source = (torch.rand(500) + 0.5).bfloat16().float()
     source[3] = 0
-    scale = representable(torch.rand(500) * 4 + 0.1, source, torch.bfloat16)
+    given = torch.rand(500) * 4 + 0.1
+    scale = representable(given, source, np.dtype(ml_dtypes.bfloat16))
     stored = (source / scale).bfloat16().float()
     torch.testing.assert_close(stored * scale, source, rtol=1e-6, atol=0)
     assert (scale > 0).all()
+    assert torch.equal(representable(given, source, np.dtype(np.float32)), given)
+    assert torch.equal(representable(given, source[:, None], np.dtype(ml_dtypes.bfloat16)), given)
 
 
 @torch.inference_mode()
@@ -208,7 +212,7 @@ def test_loses_no_more_than_modelopt() -> None:
     assert min(distances) < 1e-4
 
     def loss(scale: torch.Tensor) -> float:
-        return float((inputs @ (awq.nearest(weight * scale, form) / scale - weight).T).square().sum())
+        return float((inputs @ (scales.nearest(weight * scale, form) / scale - weight).T).square().sum())
 
     quantized = model(inputs[None])[0]
     assert loss(theirs) == pytest.approx(float((quantized - inputs @ weight.T).square().sum()), rel=1e-3)
@@ -252,7 +256,7 @@ def test_given_its_candidates_is_modelopt(
         powers = [magnitude.pow(a) / share.pow(1 - a) for a in torch.linspace(0, 1, 11)]
         tried = [each / (each.amax() * each.amin()).sqrt() for each in powers]
         scale = min(
-            tried, key=lambda s: float((inputs @ (awq.nearest(weight * s, form) / s - weight).T).square().sum())
+            tried, key=lambda s: float((inputs @ (scales.nearest(weight * s, form) / s - weight).T).square().sum())
         )
         torch.testing.assert_close(scale, 1 / model[0].input_quantizer.pre_quant_scale.flatten(), rtol=1e-4, atol=0)
         scale = 1 / model[0].input_quantizer.pre_quant_scale.flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.model import load
 from llmc.quant import gptq, rtn
-from llmc.quant.gram import grouped, output_error, values_of
+from llmc.quant.gram import grouped, values_of
 from llmc.quant.pack import Packed
 from llmc.quant.scales import from_extremes
 from llmc.recipe import QuantRecipe, WeightFormat
@@ -114,8 +115,14 @@ def test_loses_less_than_rounding_to_nearest(bits: Any, group_size: Any, symmetr
     weight, gram = problem(48, 300)
     form = WeightFormat(bits=bits, group_size=group_size, symmetric=symmetric)
     packed = gptq.solve(weight, gram, form, gptq.Options(act_order=act_order))
-    nearest = output_error(weight, values_of(rtn.quantize(weight.numpy(), form), form, 300), gram)
-    met = output_error(weight, values_of(packed, form, 300), gram)
+
+    def output_error(rounded: torch.Tensor) -> float:
+        """|X W^T - X W'^T| / |X W^T|, where gram = X^T X."""
+        squares = [float(torch.trace(x @ gram @ x.T)) for x in (weight - rounded, weight)]
+        return math.sqrt(squares[0] / squares[1])
+
+    nearest = output_error(values_of(rtn.quantize(weight.numpy(), form), form, 300))
+    met = output_error(values_of(packed, form, 300))
     assert packed.error == pytest.approx(met, rel=2e-3)
     assert met < 0.75 * nearest
 

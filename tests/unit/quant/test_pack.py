@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from llmc.quant import pack
 from llmc.quant.rtn import quantize
-from llmc.recipe import QuantRecipe, WeightFormat, packed_plan
+from llmc.recipe import ActivationFormat, QuantRecipe, WeightFormat, packed_plan
 
 FORMATS = [
     WeightFormat(bits=bits, group_size=group_size, symmetric=symmetric)
@@ -58,6 +58,33 @@ def test_runtime_reads_the_same_values(weight_format: WeightFormat, in_features:
     theirs = matmul_n_bits(packed, weight_format, np.eye(in_features, dtype=np.float32)).T
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
     assert 0 < np.abs(ours - weights).max() < packed.scale.max()
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+@pytest.mark.parametrize("in_features", [16, 96, 130])
+def test_inputs_in_another_order(weight_format: WeightFormat, in_features: int) -> None:
+    """What stands for x is what stands for x[order] on an input that is x[order]."""
+    generator = np.random.default_rng(2)
+    weights, x = (generator.normal(size=(count, in_features)).astype(np.float32) for count in (5, 3))
+    order = generator.permutation(in_features).astype(np.int32)
+    packed = quantize(np.ascontiguousarray(weights[:, order]), weight_format)
+    values = pack.dequantize(packed.qweight, packed.scale, packed.zero, weight_format, in_features, order=order)
+    assert np.abs(values - weights).max() < packed.scale.max()
+    theirs = matmul_n_bits(packed, weight_format, np.ascontiguousarray(x[:, order]))
+    np.testing.assert_allclose(x @ values.T, theirs, atol=1e-4)
+    recipe = QuantRecipe(algorithm="imported", weights=weight_format, ordered=("*.q",))
+    planned = packed_plan(recipe, "layers.0.attn.q.weight", weights.shape, None)
+    kept = pack.Packed(packed.qweight, packed.scale, packed.zero, inputs={"input_order": order})
+    met = {name: (values.dtype, values.shape) for name, values in kept.pieces("layers.0.attn.q")}
+    assert met == {name: (info.dtype, info.shape) for name, info in planned.items()}
+
+
+def test_an_order_is_of_inputs_that_are_not_rounded() -> None:
+    recipe = QuantRecipe(algorithm="imported", weights=FORMATS[0], ordered=("*",))
+    assert recipe.is_ordered("head")
+    assert not recipe.is_ordered("embed")  # which reads numbers of rows
+    with pytest.raises(ValueError, match="inputs that are rounded are in the model's own order"):
+        QuantRecipe(algorithm="imported", weights=FORMATS[0], activations=ActivationFormat(), ordered=("*",))
 
 
 def matmul_n_bits(packed: pack.Packed, weight_format: WeightFormat, x: np.ndarray) -> np.ndarray:

@@ -17,10 +17,10 @@ from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.model import load
-from llmc.quant import algorithm, pack
+from llmc.quant import algorithm, corpus, pack
 from llmc.quant.corpus import Calibration
 from llmc.quant.quantize import quantize
-from llmc.recipe import KVCacheFormat, QuantRecipe, WeightFormat
+from llmc.recipe import ActivationFormat, KVCacheFormat, QuantRecipe, WeightFormat
 from llmc.tokenizer import Tokenizer
 
 INT4 = WeightFormat(bits=4, group_size=32)
@@ -130,6 +130,59 @@ def test_kv_cache_alone(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, 
     assert 1e-4 < float((exact - met).abs().max()) < 0.05 * float(exact.abs().max())
 
 
+ROWS = WeightFormat(bits=8, group_size=0)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RTN,
+        QuantRecipe(algorithm="awq", weights=INT4),
+        QuantRecipe(
+            algorithm="smoothquant", weights=ROWS, outside=INT4, activations=ActivationFormat(), options={"alpha": 0.8}
+        ),
+    ],
+    ids=lambda recipe: recipe.algorithm,
+)
+def test_a_kv_cache_beside_weights_has_the_scales_of_the_values_that_come(
+    recipe: QuantRecipe, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text: Path
+) -> None:
+    """AWQ and SmoothQuant divide the rows of v: the original's scales would clip them, or waste codes."""
+    source = tiny_checkpoint("llama")
+    calibration = Calibration(path=text, window=64, tokens=256)
+    quantize(source, tmp_path / "q", recipe.model_copy(update={"kv_cache": KVCacheFormat()}), calibration=calibration)
+    found = Checkpoint(tmp_path / "q")
+    decoder, reach = load(found), torch.zeros(found.spec.kv_size)
+
+    def look(_: torch.nn.Module, __: object, values: torch.Tensor) -> None:
+        torch.maximum(reach, values.abs().amax(dim=tuple(range(values.dim() - 1))), out=reach)
+
+    decoder.get_submodule("layers.0.attn.v").register_forward_hook(look)
+    for window in corpus.read(calibration, Tokenizer.load(source), 64).windows:
+        decoder(torch.from_numpy(window)[None])
+    np.testing.assert_allclose(reach / torch.from_numpy(found["layers.0.attn.v_scale"]), 127, rtol=1e-4)
+
+
+def test_a_quantized_checkpoint_is_given_a_kv_cache(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text: Path
+) -> None:
+    """The same, byte by byte, as both in one run."""
+    source, calibration = tiny_checkpoint("llama"), Calibration(path=text, window=64, tokens=256)
+    both = RTN.model_copy(update={"kv_cache": KVCacheFormat()})
+    quantize(source, tmp_path / "both", both, calibration=calibration)
+    quantize(source, tmp_path / "first", RTN)
+    figures = quantize(tmp_path / "first", tmp_path / "then", KV_ONLY, calibration=calibration)
+    once, then = Checkpoint(tmp_path / "both"), Checkpoint(tmp_path / "then")
+    assert then.recipe == once.recipe == figures.recipe
+    assert (tmp_path / "then" / "model.safetensors").read_bytes() == (
+        tmp_path / "both" / "model.safetensors"
+    ).read_bytes()
+    assert then.manifest.parents[0] == manifests.parent(tmp_path / "first")
+    assert figures.bytes_after - figures.bytes_before == 2 * 2 * 4 * once.spec.kv_size
+    with pytest.raises(UserError, match="quantized already"):
+        quantize(tmp_path / "then", tmp_path / "again", KV_ONLY)
+
+
 def test_values_stay_in_the_source_type(
     tiny_source: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -219,8 +272,9 @@ def test_one_matrix_in_memory(
     ]
 
 
-def test_table_of_algorithms_is_the_folder() -> None:
+def test_table_of_algorithms_is_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every algorithm can be had, and has the face that the driver knows."""
+    monkeypatch.setattr(algorithm, "has_cuda", lambda: True)
     seen = 0
     for name in algorithm.ALGORITHMS:
         found = algorithm.algorithm(name)

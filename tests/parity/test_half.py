@@ -58,7 +58,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", DENSE)
 def test_logits(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
-    """And where the model stands beside transformers' own in float16, it is not further off by more than a half."""
+    """And where the model stands beside transformers' own in float16, it is no further off."""
     checkpoint = tiny_checkpoint(name)
     engine = builder.build(checkpoint, tmp_path / "engine", device="cuda")
     assert (engine.device, engine.compute, engine.kv_cache) == ("cuda", "float16", "float16")
@@ -66,7 +66,7 @@ def test_logits(name: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path
     assert found.dtype == np.float32
     assert 1e-5 < off(found, expected) < TOLERANCE
     if DENSE[name]:
-        assert off(found, expected) < 1.5 * lost_by_transformers(name)
+        assert off(found, expected) < 1.1 * lost_by_transformers(name)
 
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe"])

@@ -56,8 +56,8 @@ def check(runner: Runner, *, drafting: bool = False) -> None:
             if not all(np.array_equal(rows, alone[each]) for each, rows in together.items()):
                 raise EngineError(
                     "on this machine, what this engine computes of a sequence depends on the others in the batch, so "
-                    "--deterministic cannot be kept: build it with `llmc build-engine --arithmetic float32`, or serve "
-                    "it with --max-sequences 1"
+                    "--deterministic cannot be kept: build it with `llmc build-engine --device cpu --arithmetic "
+                    "float32`, or serve it with --max-sequences 1"
                 )
     finally:
         for each in texts:

@@ -70,6 +70,8 @@ DEVICES = {
             "fp8 weights": f"has fp8 weights, which this engine would only widen again: {_UNROUNDED}",
             "biased scores, int8 cache": "adds biases to attention scores (ALiBi, or a prefix that sees itself whole), "
             "and GroupQueryAttention on CUDA takes them beside a float16 cache only: build with --kv-cache float16",
+            "odd zero points": "has zero points of 4 bits in an odd number of groups of the embedding's rows, which "
+            "GatherBlockQuantized on CUDA takes from other rows: quantize with --symmetric or another --group-size",
             "adapters": "is asked to serve adapters, which engines for CUDA do not take yet: merge one with "
             "`llmc convert ADAPTER OUT --base MODEL`, or build with --device cpu",
         },
@@ -95,6 +97,9 @@ def _asked(checkpoint: Checkpoint, *, kv_int8: bool, adapters: bool) -> Iterator
         yield "biased scores, int8 cache"
     if recipe is None:
         return
+    form, (_, width) = recipe.format_of("embed"), names.tensors(spec)["embed.weight"]
+    if form and (form.kind, form.bits, form.symmetric) == ("int", 4, False) and form.groups(width) % 2:
+        yield "odd zero points"
     for matrix in names.matrices(spec):
         form = recipe.format_of(matrix)
         if form and form.blocks:

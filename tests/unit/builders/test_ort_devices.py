@@ -42,6 +42,12 @@ REFUSED: dict[str, tuple[str, QuantRecipe | None, dict[str, Any], str]] = {
         "rounds what linears read.* without --activations, or build with --device cpu",
     ),
     "fp8 weights": ("llama", QuantRecipe(algorithm="fp8", weights=FP8), {}, "fp8 weights.*--algo rtn"),
+    "odd zero points": (
+        "llama",
+        QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=4, group_size=64, symmetric=False)),
+        {},
+        "odd number of groups.*--symmetric or another --group-size",
+    ),
     "biased scores, int8 cache": ("bloom", QuantRecipe(algorithm="none", kv_cache=KV), {}, "--kv-cache float16"),
     **{
         kind: (
@@ -193,6 +199,26 @@ def test_the_command_chooses_and_says_so(
     assert f"{compute}: Gemm in {compute}" in out
     engine = describe(tmp_path / "engine")
     assert (engine.device, engine.compute, engine.kv_cache) == (device, compute, compute)
+
+
+def test_embeddings_have_zero_points_in_any_case(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Even if all are the middle: without them CUDA's kernel takes zero."""
+    for bits, byte in ((4, 0x88), (8, 0x80)):
+        recipe = QuantRecipe(algorithm="rtn", weights=WeightFormat(bits=bits, group_size=32))  # type: ignore[arg-type]
+        quantize(tiny_checkpoint("qwen2.5-tied"), tmp_path / f"q{bits}", recipe)
+        for device in ("cpu", "cuda"):
+            builder.build(tmp_path / f"q{bits}", folder := tmp_path / f"{device}{bits}", device=device)
+            graph = onnx.load(folder / "model.onnx").graph
+            (node,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+            assert len(node.input) == 4
+            (zeros,) = (onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name == node.input[3])
+            assert zeros.shape == (320, bits // 4)
+            assert (zeros == byte).all()
+            heads = [node for node in graph.node if node.name == "/head"]
+            assert [(head.op_type, head.input[3:4]) for head in heads] in (
+                [("MatMulNBits", [])],
+                [("MatMulNBits", [""])],
+            )
 
 
 def test_it_is_smaller(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:

@@ -38,23 +38,17 @@ def build(
             embedding that depend on the context's length (dynamic, longrope) are fixed for this one.
         device: What the engine is for; it says in which type it computes (builders/ort_devices.py).
         kv_cache: By default int8 when the checkpoint has scales for it, else the type that the engine computes in.
-        arithmetic: Of products with quantized weights; by default the first that the device has. int8 is the faster on
-            a CPU: each row of the input is quantized on the way, so that its result depends a little on the rows
-            beside it.
-        lora: Low-rank adapters can be served beside the model (llmc/adapter.py). Without one in use a step takes a
-            little longer.
+        arithmetic: Of products with quantized weights; by default the device's first. int8 is the faster on a CPU: each
+            row of the input is quantized on the way, so that its result depends a little on the rows beside it.
+        lora: Low-rank adapters can be served beside it (llmc/adapter.py). Steps without one take a little longer.
         progress: Told the bytes of weights written so far, and of all.
 
     Raises:
         ManifestError, CheckpointError: `source` is not a whole checkpoint, or a weight does not fit float16.
-        UserError: `target` exists, or an option does not fit the checkpoint, or the device has no kernel for it.
+        UserError: `target` exists, or an option does not fit the checkpoint or the device.
     """
-    checkpoint, kind = Checkpoint(source), DEVICES[device]
-    arithmetic = arithmetic or kind.arithmetics[0]
-    if arithmetic not in kind.arithmetics:
-        raise UserError(f"--arithmetic {arithmetic} is not for --device {device}: {' or '.join(kind.arithmetics)}")
-    level = ACCURACY_LEVELS[arithmetic]
-    engine = _engine(checkpoint, device, max_length, kv_cache, level, lora=lora)
+    checkpoint, arithmetic = Checkpoint(source), ort_devices.arithmetic(device, arithmetic)
+    engine = _engine(checkpoint, device, max_length, kv_cache, ACCURACY_LEVELS[arithmetic], lora=lora)
     with manifests.creating(target, overwrite=overwrite) as folder:
         graph = onnx_decoder.draw(
             checkpoint.spec,
@@ -62,10 +56,10 @@ def build(
             checkpoint.__getitem__,
             max_length=engine.max_length,
             kv_int8=engine.kv_cache == "int8",
-            accuracy_level=level,
+            accuracy_level=ACCURACY_LEVELS[arithmetic],
             adapters=lora,
             compute=engine.compute,
-            fused_experts=kind.fused_experts,
+            fused_experts=DEVICES[device].fused_experts,
         )
         graph.save(folder, progress)
         engine.save(folder)

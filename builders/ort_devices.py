@@ -79,9 +79,23 @@ DEVICES = {
 }
 
 
+def arithmetic(device: str, wanted: Arithmetic | None) -> Arithmetic:
+    """The arithmetic of quantized products: the one that is wanted, else the device's first.
+
+    Raises:
+        UserError: The device has no such.
+    """
+    known = DEVICES[device].arithmetics
+    if wanted is not None and wanted not in known:
+        raise UserError(f"--arithmetic {wanted} is not for --device {device}: {' or '.join(known)}")
+    return wanted or known[0]
+
+
 def check(device: str, checkpoint: Checkpoint, *, kv_int8: bool, adapters: bool) -> None:
-    """Raises:
-    UserError: The device has no kernel for something that the checkpoint or an option asks for.
+    """Refuse what a device cannot compute.
+
+    Raises:
+        UserError: The device has no kernel for something that the checkpoint or an option asks for.
     """
     refused = DEVICES[device].refused
     for asked in _asked(checkpoint, kv_int8=kv_int8, adapters=adapters):

@@ -15,7 +15,7 @@ scattered, from the original ones. The embedding is rounded to nearest: it has n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -76,9 +76,9 @@ class Gptq:
         found: Found = {}
         # An expert that met no token has nothing to go by: it is rounded to nearest.
         for leader in dict.fromkeys(leaders.values()):
-            gram = grams.take(leader)
-            for matrix in (matrix for matrix in part.formats if leaders.get(matrix) == leader):
-                found[f"{matrix}.weight"] = solve(part.weight(matrix), gram, part.formats[matrix], self.options)
+            alike = [matrix for matrix in part.formats if leaders.get(matrix) == leader]
+            linears = {f"{matrix}.weight": (part.weight(matrix), part.formats[matrix]) for matrix in alike}
+            found.update(solve(linears, grams.take(leader), self.options))
         values = {
             name: values_of(packed, part.formats[name.removesuffix(".weight")], part.weight(name[:-7]).shape[1])
             for name, packed in found.items()
@@ -93,55 +93,63 @@ class Gptq:
         grams = Grams()
         for state in states:
             grams.see(matrix, state.flatten(0, -2))
-        return solve(weight, grams.take(matrix), form, self.options)
+        return solve({matrix: (weight, form)}, grams.take(matrix), self.options)[matrix]
 
 
-def solve(weight: Tensor, gram: Tensor, form: WeightFormat, options: Options) -> Packed:
-    """Quantize a matrix, some thousand rows at a time: what a row loses is made up for in the same row.
+def solve(linears: Mapping[str, tuple[Tensor, WeightFormat]], gram: Tensor, options: Options) -> dict[str, Packed]:
+    """Quantize matrices that read the same inputs.
 
     Args:
-        weight: float32 [out, in].
-        gram: float32 [in, in], of its inputs.
+        linears: Name -> float32 [out, in], and its format.
+        gram: float32 [in, in], of the inputs; used up, since with 11,008 of them each copy is as large as a layer.
     """
-    solver = _Solver(gram, form, options)
-    pieces, losses = zip(*(solver.rows(rows) for rows in torch.split(weight, _ROWS)), strict=True)
-    zeros = [piece.zero for piece in pieces if piece.zero is not None]
-    whole = energy(weight, gram)
-    return Packed(
-        np.concatenate([piece.qweight for piece in pieces]),
-        np.concatenate([piece.scale for piece in pieces]),
-        np.concatenate(zeros) if zeros else None,
-        error=math.sqrt(max(sum(losses), 0.0) / whole) if whole > 0 else 0.0,
-    )
+    wholes = {name: energy(weight, gram) for name, (weight, _) in linears.items()}
+    solver = _Solver(gram, {form.group_size for _, form in linears.values()}, options)
+    return {name: solver.matrix(weight, form, wholes[name]) for name, (weight, form) in linears.items()}
 
 
 class _Solver:
-    """What all rows of a matrix share."""
+    """What all rows of all matrices share. It uses up the gram matrix."""
 
-    def __init__(self, gram: Tensor, form: WeightFormat, options: Options) -> None:
-        self.form, self.act_order = form, options.act_order
-        importance = gram.diagonal()
+    def __init__(self, gram: Tensor, sizes: Iterable[int], options: Options) -> None:
+        self.act_order = options.act_order
+        importance = gram.diagonal().clone()
         self.never = importance == 0
         self.order = torch.arange(len(gram))
         if self.act_order:
             self.order = importance.argsort(descending=True, stable=True)
-        damped = dampen(gram[self.order][:, self.order], options.damping)
+        self.blocks = {size: diagonal_blocks(gram, size) for size in sizes} if options.search else {}
+        damped = dampen(rearrange(gram, self.order), options.damping)
         self.added = float((damped.diagonal() - importance[self.order]).min())
         self.factor = inverse_factor(damped)
-        self.blocks = diagonal_blocks(gram, form.group_size) if options.search else None
 
-    def rows(self, weight: Tensor) -> tuple[Packed, float]:
+    def matrix(self, weight: Tensor, form: WeightFormat, whole: float) -> Packed:
+        """A matrix, some thousand rows at a time: what a row loses is made up for in the same row.
+
+        Args:
+            whole: |X W^T|^2.
+        """
+        pieces, losses = zip(*(self.rows(rows, form) for rows in torch.split(weight, _ROWS)), strict=True)
+        zeros = [piece.zero for piece in pieces if piece.zero is not None]
+        return Packed(
+            np.concatenate([piece.qweight for piece in pieces]),
+            np.concatenate([piece.scale for piece in pieces]),
+            np.concatenate(zeros) if zeros else None,
+            error=math.sqrt(max(sum(losses), 0.0) / whole) if whole > 0 else 0.0,
+        )
+
+    def rows(self, weight: Tensor, form: WeightFormat) -> tuple[Packed, float]:
         """Some rows [some, in], and tr((W - W') gram (W - W')^T)."""
-        form, (count, columns), size = self.form, weight.shape, self.form.group_size
+        (count, columns), size = weight.shape, form.group_size
         weight = weight.masked_fill(self.never, 0)  # what is never met may as well cost nothing
         empty = torch.ones(count, form.groups(columns))
-        grid = self._grid(weight, slice(None)) if self.act_order else Grid(empty, empty.clone(), 2**form.bits - 1)
+        grid = self._grid(weight, form, slice(None)) if self.act_order else Grid(empty, empty.clone(), 2**form.bits - 1)
 
         def begin(column: int, rest: Tensor) -> None:
             """At the beginning of a group whose grid is open: from its columns [size, some] as they are now."""
             if column % size == 0 and not self.act_order:
                 group = column // size
-                found = self._grid(rest[:size].T, slice(group, group + 1))
+                found = self._grid(rest[:size].T, form, slice(group, group + 1))
                 grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
 
         groups = (self.order // size).tolist()
@@ -154,11 +162,11 @@ class _Solver:
         lost = values_of(packed, form, columns).sub_(weight)
         return packed, loss - self.added * float(lost.square().sum(dtype=torch.float64))
 
-    def _grid(self, values: Tensor, group: slice) -> Grid:
-        groups = grouped(values, self.form.group_size)
-        if self.blocks is None:
-            return scales.from_extremes(groups, self.form)
-        return scales.searched(groups, self.form, self.blocks[group])
+    def _grid(self, values: Tensor, form: WeightFormat, group: slice) -> Grid:
+        groups = grouped(values, form.group_size)
+        if not self.blocks:
+            return scales.from_extremes(groups, form)
+        return scales.searched(groups, form, self.blocks[form.group_size][group])
 
 
 def dampen(gram: Tensor, damping: float) -> Tensor:
@@ -169,11 +177,22 @@ def dampen(gram: Tensor, damping: float) -> Tensor:
     return gram
 
 
+def rearrange(matrix: Tensor, order: Tensor) -> Tensor:
+    """Put the rows and columns of a square matrix into another order, in place."""
+    for rows in torch.split(matrix, _BLOCK):
+        rows.copy_(rows[:, order])
+    for columns in torch.split(matrix, _BLOCK, dim=1):
+        columns.copy_(columns[order])
+    return matrix
+
+
 def inverse_factor(damped: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = H^-1; H is used up, since two of them at a time are as large as a layer."""
-    # LAPACK writes columns, so the transpose is what it can write into.
-    lower = torch.linalg.cholesky(damped.flip(0, 1), out=damped.T)
-    return invert_upper(lower.T).T.flip(0, 1)
+    """The upper triangular U with U^T U = H^-1, in the place of H."""
+    backwards = torch.arange(len(damped) - 1, -1, -1)
+    rearrange(damped, backwards)
+    # LAPACK writes columns, so the transpose, which H is of itself, is what it can write into.
+    torch.linalg.cholesky(damped.T, out=damped.T)
+    return rearrange(invert_upper(damped), backwards).T
 
 
 def invert_upper(matrix: Tensor) -> Tensor:

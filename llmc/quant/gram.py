@@ -43,8 +43,13 @@ class Grams:
 
     def take(self, name: str) -> Tensor:
         """A sum, which is forgotten."""
-        upper = self._upper.pop(name)
-        return upper.triu_().add_(upper.triu(1).T)
+        found = self._upper.pop(name)
+        for start in range(0, len(found), _BLOCK):
+            block, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            found[rest, block] = found[block, rest].T
+            # Which was summed as a whole, and may differ in its last bits.
+            found[block, block] = found[block, block].triu() + found[block, block].triu(1).T
+        return found
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

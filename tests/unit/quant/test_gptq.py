@@ -36,6 +36,10 @@ def problem(rows: int, columns: int, tokens: int = 300) -> tuple[torch.Tensor, t
     return torch.randn(rows, columns, generator=generator), inputs.T @ inputs
 
 
+def solved(weight: torch.Tensor, gram: torch.Tensor, form: WeightFormat, options: gptq.Options) -> Packed:
+    return gptq.solve({"w": (weight, form)}, gram.clone(), options)["w"]
+
+
 def by_the_paper(weight: torch.Tensor, gram: torch.Tensor, form: WeightFormat, order: list[int]) -> torch.Tensor:
     """Frantar et al. 2022, equations 2 and 3, column by column in float64: no blocks, no Cholesky factor.
 
@@ -67,7 +71,7 @@ def test_is_the_papers_update(symmetric: bool) -> None:
     form = WeightFormat(bits=4, group_size=16, symmetric=symmetric)
     order = gram.diagonal().argsort(descending=True, stable=True).tolist()
     expected = by_the_paper(weight, gram, form, order)
-    found = values_of(gptq.solve(weight, gram, form, gptq.Options(search=False)), form, 72)
+    found = values_of(solved(weight, gram, form, gptq.Options(search=False)), form, 72)
     # A value on the edge between two codes may fall to either side in float32, and its row goes another way from there.
     same = (found - expected).abs().amax(1) < 1e-4
     assert same.float().mean() >= 0.9
@@ -81,7 +85,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (32, 160):
         monkeypatch.setattr(gptq, "_BLOCK", block)
         monkeypatch.setattr(gptq, "_ROWS", block // 8)
-        results.append(values_of(gptq.solve(weight, gram, form, PLAIN), form, 160))
+        results.append(values_of(solved(weight, gram, form, PLAIN), form, 160))
     assert ((results[0] - results[1]).abs().amax(1) < 1e-4).float().mean() >= 0.9
 
 
@@ -114,7 +118,7 @@ def test_is_what_modelopt_does(bits: Any, size: Any, damping: float) -> None:
 def test_loses_less_than_rounding_to_nearest(bits: Any, group_size: Any, symmetric: bool, act_order: bool) -> None:
     weight, gram = problem(48, 300)
     form = WeightFormat(bits=bits, group_size=group_size, symmetric=symmetric)
-    packed = gptq.solve(weight, gram, form, gptq.Options(act_order=act_order))
+    packed = solved(weight, gram, form, gptq.Options(act_order=act_order))
 
     def output_error(rounded: torch.Tensor) -> float:
         """|X W^T - X W'^T| / |X W^T|, where gram = X^T X."""
@@ -138,10 +142,10 @@ def test_inputs_that_never_come() -> None:
     gram[:, 40:], gram[40:] = 0, 0
     form = WeightFormat(bits=4, group_size=16)
     for options in (gptq.Options(), PLAIN):
-        found = values_of(gptq.solve(weight, gram, form, options), form, 64)
+        found = values_of(solved(weight, gram, form, options), form, 64)
         assert torch.isfinite(found).all()
         assert not found[:, 40:].any()
-    assert values_of(gptq.solve(weight, torch.zeros_like(gram), form, PLAIN), form, 64).abs().max() == 0
+    assert values_of(solved(weight, torch.zeros_like(gram), form, PLAIN), form, 64).abs().max() == 0
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "llama-tied"])

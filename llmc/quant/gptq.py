@@ -41,7 +41,7 @@ CALIBRATES = True
 _BLOCK = 128
 
 # Rows worked on together.
-_ROWS = 8192
+_ROWS = 2048
 
 
 class Options(Strict):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.engine import DeviceName, Engine
-from llmc.errors import EngineError
+from llmc.errors import EngineError, MissingDependencyError
 from llmc.need import installed, need
 from llmc.serve.runners.caches import Cache, DeviceCache, HostCache, cuda_memory, host_memory
 
@@ -81,7 +81,8 @@ def open_session(folder: Path, engine: Engine, options: Any, model: bytes | None
         model: The graph, if it is not the folder's own.
 
     Raises:
-        EngineError: onnxruntime cannot open it, or not on that device.
+        EngineError: onnxruntime cannot open it.
+        MissingDependencyError: Not on that device.
     """
     ort, device = need("onnxruntime"), DEVICES[engine.device]
     if device.provider not in ort.get_available_providers():
@@ -100,9 +101,9 @@ def open_session(folder: Path, engine: Engine, options: Any, model: bytes | None
     return session
 
 
-def _no_device(folder: Path, engine: Engine, what: str) -> EngineError:
+def _no_device(folder: Path, engine: Engine, what: str) -> MissingDependencyError:
     extra = DEVICES[engine.device].extra
-    return EngineError(
+    return MissingDependencyError(
         f'{folder} was built for {engine.device}, and {what}: install "llmc-toolkit[{extra}]" in place of '
         f"onnxruntime on a machine with such a device, or build the engine again with "
         f"`llmc build-engine CHECKPOINT {folder} --device cpu --overwrite`"

@@ -12,7 +12,7 @@ import pytest
 from llmc.builders import ort as builder
 from llmc.builders import ort_devices as kinds
 from llmc.engine import Engine, describe
-from llmc.errors import EngineError
+from llmc.errors import MissingDependencyError
 from llmc.serve.runners import open_runner, ort_devices
 
 
@@ -77,7 +77,7 @@ def cuda_engine(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
 def test_an_engine_for_cuda_where_onnxruntime_has_none(cuda_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(
-        EngineError, match=r"was built for cuda, and onnxruntime .* has no CUDAExecutionProvider"
+        MissingDependencyError, match=r"was built for cuda, and onnxruntime .* has no CUDAExecutionProvider"
     ) as error:
         open_runner(cuda_engine)
     assert 'install "llmc-toolkit[serve-cuda]"' in str(error.value)
@@ -87,7 +87,9 @@ def test_an_engine_for_cuda_where_onnxruntime_has_none(cuda_engine: Path, monkey
 def test_an_engine_for_cuda_where_torch_is_missing(cuda_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort_devices, "installed", lambda module: module != "torch")
-    with pytest.raises(EngineError, match=r"'torch' is not installed here: install .llmc-toolkit\[serve-cuda\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"'torch' is not installed here: install .llmc-toolkit\[serve-cuda\]"
+    ):
         open_runner(cuda_engine)
 
 
@@ -102,7 +104,9 @@ def test_onnxruntime_s_silent_fall_back_to_the_cpu_is_refused(
         "InferenceSession",
         lambda model, options, providers: made(model, options, providers=providers[1:]),
     )
-    with pytest.raises(EngineError, match=r"CUDAExecutionProvider did not start .*llmc-toolkit\[serve-cuda\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"CUDAExecutionProvider did not start .*llmc-toolkit\[serve-cuda\]"
+    ):
         open_runner(cuda_engine)
 
 

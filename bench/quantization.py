@@ -44,6 +44,7 @@ _WEIGHTS = {
     "gptq4-g64-head4": ["--algo", "gptq", "--group-size", "64", "--head-bits", "4"],
     "rtn4-g128": ["--algo", "rtn", "--group-size", "128"],
     "awq4-g128-lite": ["--algo", "awq", "--group-size", "128", "--option", "variant=lite"],
+    "awq4-g128-clip": ["--algo", "awq", "--group-size", "128", "--option", "variant=clip"],
     "awq4-g128": ["--algo", "awq", "--group-size", "128"],
     "gptq4-g128": ["--algo", "gptq", "--group-size", "128"],
     "awq4-mixed": ["--algo", "awq", "--group-size", "128", "--target-bits", "5.5"],

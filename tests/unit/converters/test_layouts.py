@@ -23,6 +23,18 @@ ALL: dict[str, Layout] = {
 }
 
 
+def there_and_back(layout: Layout, matrix: Matrix, linear: Linear) -> Matrix:
+    """What is read of what was packed, which has the planned tensors, and the same codes and scales."""
+    parts = layout.pack(matrix, linear)
+    assert {suffix: (info.dtype, info.shape) for suffix, info in layout.plan(linear).items()} == {
+        suffix: (part.dtype, part.shape) for suffix, part in parts.items()
+    }
+    found = layout.unpack(parts, linear)
+    np.testing.assert_array_equal(found.codes, matrix.codes)
+    np.testing.assert_array_equal(found.scale, matrix.scale)
+    return found
+
+
 def test_every_format_is_written_and_read() -> None:
     assert set(METHODS.values()) == {row.module for row in FORMATS.values() if row.quantized}
     assert set(ALL) == {*METHODS, "gptq_v2", "compressed-tensors-8", "modelopt-8", "modelopt-blocks"}
@@ -60,13 +72,7 @@ def test_back_and_forth(
         np.full(grid, 1 << (bits - 1), np.uint8) if symmetric else draw.integers(0, 1 << bits, grid, np.uint8),
         groups=draw.permutation(linear.runs) if ordered else None,
     )
-    parts = layout.pack(matrix, linear)
-    assert {suffix: (info.dtype, info.shape) for suffix, info in layout.plan(linear).items()} == {
-        suffix: (part.dtype, part.shape) for suffix, part in parts.items()
-    }
-    found = layout.unpack(parts, linear)
-    np.testing.assert_array_equal(found.codes, matrix.codes)
-    np.testing.assert_array_equal(found.scale, matrix.scale)
+    found = there_and_back(layout, matrix, linear)
     np.testing.assert_array_equal(found.zero, matrix.zero)
     np.testing.assert_array_equal(found.groups, matrix.groups)
 
@@ -84,13 +90,7 @@ def test_blocks_back_and_forth(name: str, kind: Any, rows: int, groups: int, see
         np.empty((rows, groups), np.uint8),
         scale_2=draw.uniform(1e-3, 1, 1).astype(np.float32) if blocks.two_scales else None,
     )
-    parts = layout.pack(matrix, linear)
-    assert {suffix: (info.dtype, info.shape) for suffix, info in layout.plan(linear).items()} == {
-        suffix: (part.dtype, part.shape) for suffix, part in parts.items()
-    }
-    found = layout.unpack(parts, linear)
-    np.testing.assert_array_equal(found.codes, matrix.codes)
-    np.testing.assert_array_equal(found.scale, matrix.scale)
+    found = there_and_back(layout, matrix, linear)
     assert found.scale_2 == matrix.scale_2
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from matrices import MATRICES
 from pydantic import ValidationError
 
 from llmc import model, names
@@ -103,11 +103,7 @@ def test_is_what_modelopt_does(tensors: Any, kind: str) -> None:
 
 @settings(deadline=None)
 @given(
-    hnp.arrays(
-        np.float32,
-        hnp.array_shapes(min_dims=2, max_dims=2, max_side=70),
-        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
-    ),
+    MATRICES,
     st.sampled_from(sorted(FORMS)),
 )
 def test_every_weight_becomes_the_nearest_value_of_its_block(weights: np.ndarray, kind: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from matrices import MATRICES
 
 from llmc.quant import pack
 from llmc.quant.rtn import quantize
@@ -66,11 +66,7 @@ def set_format(config: dict[str, Any], bits: int, group_size: int) -> None:
 
 @settings(deadline=None)
 @given(
-    hnp.arrays(
-        np.float32,
-        hnp.array_shapes(min_dims=2, max_dims=2, max_side=70),
-        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
-    ),
+    MATRICES,
     st.sampled_from([4, 8]),
     st.sampled_from([16, 32]),
     st.booleans(),

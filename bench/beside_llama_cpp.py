@@ -58,7 +58,7 @@ def main(source: Path, work: Path, files: Sequence[Path]) -> None:
         name = f"{path.parent.name}/{path.name}"
         if name not in bench.rows:
             made = {"bytes_after": path.stat().st_size}
-            bench.add(name, reader(path, bench.windows), made)
+            bench.add({name: (reader(path, bench.windows), made)})
     show(bench.rows, list(bench.texts))
 
 

@@ -111,23 +111,30 @@ def reader(walker: Walker, states: States) -> Reader:
 
 
 @torch.inference_mode()
-def measure(original: Reader, other: Reader, windows: Sequence[Tokens], at: range) -> dict[str, float]:
-    """The figures of one text: the windows `at`.
+def measure(original: Reader, others: Sequence[Reader], windows: Sequence[Tokens], at: range) -> list[dict[str, float]]:
+    """The figures of one text, the windows `at`, for each of the others.
 
-    As llmc.evaluate's, in float32 and on all cores, with sums in float64: 20,000 rows of 152,000 logits each.
+    As llmc.evaluate's, in float32 and on all cores, with sums in float64: 20,000 rows of 152,000 logits each, of which
+    the original's are computed once.
     """
-    score, agreement = Score(), Agreement()
+    figures = [(Score(), Agreement()) for _ in others]
     for index in at:
         targets = torch.from_numpy(windows[index][1:])
         for start in range(0, len(targets), AT_A_TIME):
             rows = slice(start, min(start + AT_A_TIME, len(targets)))
-            exact, met = (torch.from_numpy(read(index, rows)).log_softmax(1) for read in (original, other))
-            score.tokens += len(met)
-            score.nll -= float(met.gather(1, targets[rows, None]).sum(dtype=torch.float64))
-            agreement.tokens += len(met)
-            agreement.agreed += int((exact.argmax(1) == met.argmax(1)).sum())
-            agreement.divergence += float(met.sub_(exact).mul_(exact.exp()).neg_().sum(dtype=torch.float64))
-    return {"perplexity": score.perplexity, "kl": agreement.kl, "top1": agreement.top1, "tokens": score.tokens}
+            exact = torch.from_numpy(original(index, rows)).log_softmax(1)
+            likely, first = exact.exp(), exact.argmax(1)
+            for read, (score, agreement) in zip(others, figures, strict=True):
+                met = torch.from_numpy(read(index, rows)).log_softmax(1)
+                score.tokens += len(met)
+                score.nll -= float(met.gather(1, targets[rows, None]).sum(dtype=torch.float64))
+                agreement.tokens += len(met)
+                agreement.agreed += int((first == met.argmax(1)).sum())
+                agreement.divergence += float(met.sub_(exact).mul_(likely).neg_().sum(dtype=torch.float64))
+    return [
+        {"perplexity": score.perplexity, "kl": agreement.kl, "top1": agreement.top1, "tokens": score.tokens}
+        for score, agreement in figures
+    ]
 
 
 def quantized(source: Path, target: Path, options: list[str]) -> dict[str, Any]:
@@ -164,26 +171,33 @@ class Bench:
         """Of a checkpoint, whose last hidden states are kept."""
         return reader(*final_states(checkpoint, self.windows, self.work / f"{name}.npy"))
 
-    def add(self, name: str, read: Reader, made: dict[str, Any]) -> None:
-        """Measure a row, and keep it."""
-        exact = self.reader("fp32", self.original)
-        row = {key: made.get(key, 0) for key in ("bytes_after", "seconds", "cpu_seconds", "peak_bytes")}
-        row |= {which: measure(exact, read, self.windows, at) for which, at in self.texts.items()}
-        self.rows[name] = row
+    def add(self, made: Mapping[str, tuple[Reader, Mapping[str, Any]]]) -> None:
+        """Measure rows, and keep them.
+
+        Args:
+            made: Name -> its logits, and the figures of how it was made.
+        """
+        exact, readers = self.reader("fp32", self.original), [read for read, _ in made.values()]
+        found = {which: measure(exact, readers, self.windows, at) for which, at in self.texts.items()}
+        for index, (name, (_, how)) in enumerate(made.items()):
+            row = {key: how.get(key, 0) for key in ("bytes_after", "seconds", "cpu_seconds", "peak_bytes")}
+            self.rows[name] = row | {which: figures[index] for which, figures in found.items()}
         self._table.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
 
 def main(source: Path, work: Path, names: Sequence[str]) -> None:
     bench = Bench(source, work)
+    made: dict[str, tuple[Reader, Mapping[str, Any]]] = {}
     if "fp32" not in bench.rows:
         size = sum(info.nbytes for info in bench.original.infos.values())
-        bench.add("fp32", bench.reader("fp32", bench.original), {"bytes_after": size})
+        made["fp32"] = bench.reader("fp32", bench.original), {"bytes_after": size}
     for name in names:
         if name not in bench.rows:
             made_from, options = ROWS[name]
-            made = quantized(work / made_from if made_from else source, work / name, options)
-            bench.add(name, bench.reader(name, Checkpoint(work / name)), made)
-            show({key: bench.rows[key] for key in ("fp32", name)}, list(bench.texts))
+            report = quantized(work / made_from if made_from else source, work / name, options)
+            made[name] = bench.reader(name, Checkpoint(work / name)), report
+    if made:
+        bench.add(made)
     show(bench.rows, list(bench.texts))
 
 

@@ -2,16 +2,19 @@
 
     for each smoothing group:   s = mean|x|^a / mean(|w| / max of its group)^b
                                 a of a grid, b 0 or 1 - a, s over the geometric middle of its extremes;
-                                the s with the least |X W^T - Q(W s) (X / s)|^2 / |X W^T|^2, summed over the linears
-    then:                       fold s into the norm or the linear before (smoothing.py), clip (scales.py), round
+                                the s with the least |X W^T - Q(W s) (X / s)|^2, summed over the linears
+    then:                       fold s into the norm or the linear before (smoothing.py), choose ranges (scales.py)
 
-Each linear's error counts relative to its own output: in a plain sum q, whose outputs are large, chooses the scale and
-v pays for it (docs/quantization.md has figures). b = 0 is the paper's search, b = 1 - a that of nvidia-modelopt's
-awq_lite and of AutoAWQ. The channels' means are over all of the calibration text, the outputs that are compared over
-some hundred tokens spread evenly over it, and both as the unquantized model computes them, as in the authors' code. The
-variants are nvidia-modelopt's: `lite` searches scales, `clip` ranges, of all matrices but q and k as the authors do,
-`full` both. The embedding is rounded to nearest; the head has no norm of its own to fold into, so with 4 bits its
-ranges are searched in every variant.
+Each linear's error counts relative to what it is with s = 1: in a plain sum q, whose outputs are large, chooses the
+scale and v pays for it (docs/quantization-measured.md has figures). b = 0 is the paper's search, b = 1 - a that of
+nvidia-modelopt's awq_lite and of AutoAWQ. The channels' means are over all of the calibration text, the outputs that
+are compared over some of its tokens, spread evenly over it, and both as the unquantized model computes them, as in the
+authors' code. The variants are named as nvidia-modelopt's: `lite` searches scales, `clip` ranges, `full` both. Here the
+ranges of a row are chosen together, and q and k, which the authors leave alone, gain by it; gate and up are left alone:
+what they make is multiplied with each other, and a few neurons, which a text's first token makes thousands of times
+larger than any other does (Sun et al. 2024, Massive Activations in LLMs), must not lose what makes them so. The
+embedding is rounded to nearest; the head has no norm of its own to fold into: with 4 bits its ranges are searched in
+every variant.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from llmc.runtime import Tokens
 CALIBRATES = True
 
 _SMALLEST = 1e-4  # of a scale before it is divided by its middle: a dead channel must not win everything
-_NOT_CLIPPED = (".attn.q", ".attn.k")
+_NOT_CLIPPED = (".gate", ".up")
+_EVERY = 4  # of the tokens whose outputs are compared, one is in the search of scales, which tries many
 
 
 class Options(Strict):
@@ -55,7 +59,7 @@ class Options(Strict):
 
     steps: PositiveInt = 10
     variant: Literal["lite", "clip", "full"] = "full"
-    rows: PositiveInt = 512
+    rows: PositiveInt = 2048
 
 
 def prepare(checkpoint: Checkpoint, recipe: QuantRecipe, windows: Sequence[Tokens]) -> Transform:
@@ -107,8 +111,8 @@ class Awq:
         magnitude = smoothing.gather(magnitude, group.repeat, self._heads)
         share = torch.cat([shares(part.weight(target), part.formats[target]) for target in rounded]).mean(0)
         share = smoothing.gather(share, group.repeat, self._heads)
-        rows = {leader: inputs.rows(leader) for leader in {leaders[target] for target in rounded}}
-        whole = {target: float((rows[leaders[target]] @ part.weight(target).T).square().sum()) for target in rounded}
+        rows = {leader: inputs.rows(leader, _EVERY) for leader in {leaders[target] for target in rounded}}
+        unscaled: dict[str, float] = {}
 
         def loss(scale: Tensor) -> float:
             wide = smoothing.spread(scale, group.repeat, self._heads)
@@ -116,7 +120,8 @@ class Awq:
             for target in rounded:
                 weight, form = part.weight(target), part.formats[target]
                 lost = scales.nearest(weight * wide, form).div_(wide).sub_(weight)
-                total += float((rows[leaders[target]] @ lost.T).square().sum()) / max(whole[target], 1e-30)
+                error = float((rows[leaders[target]] @ lost.T).square().sum())
+                total += error / max(unscaled.setdefault(target, error), 1e-30)  # ones are tried first
             return total
 
         dtype, source = self._infos[f"{group.source}.weight"].dtype, part.weight(group.source)
@@ -177,11 +182,17 @@ def rounded(weight: Tensor, rows: Tensor, form: WeightFormat, *, clip: bool) -> 
     """Quantize a matrix that reads `rows` [some, in]."""
     groups = grouped(weight, form.group_size)
     if clip:
-        by_group = grouped(rows, form.group_size).transpose(0, 1)
-        grid = scales.searched(groups, form, by_group.transpose(1, 2) @ by_group)
+        codes, grid = scales.together(groups, form, grouped(rows, form.group_size))
     else:
         grid = scales.from_extremes(groups, form)
-    result = scales.packed(grid.codes(groups).flatten(1), grid, form)
-    lost, whole = values_of(result, form, weight.shape[1]).sub_(weight), float((rows @ weight.T).square().sum())
-    error = (float((rows @ lost.T).square().sum()) / whole) ** 0.5 if whole else 0.0
+        codes = grid.codes(groups)
+    result = scales.packed(codes.flatten(1), grid, form)
+    lost = values_of(result, form, weight.shape[1]).sub_(weight)
+    whole = _energy(rows, weight)
+    error = (_energy(rows, lost) / whole) ** 0.5 if whole else 0.0
     return Packed(result.qweight, result.scale, result.zero, error)
+
+
+def _energy(rows: Tensor, weight: Tensor) -> float:
+    """|X W^T|^2, some thousand outputs at a time: a head has many."""
+    return sum(float((rows @ some.T).square().sum()) for some in torch.split(weight, 8192))

@@ -31,13 +31,14 @@ class Observed:
         kept = self._rows.setdefault(name, [])
         kept.append(x[len(kept) % self._every :: self._every].clone())
 
-    def rows(self, name: str) -> Tensor:
-        """Those that were kept: [some, in].
+    def rows(self, name: str, every: int = 1) -> Tensor:
+        """Those that were kept, or one of so many of them: [some, in].
 
         They begin with the first in the first window, the second in the second, and so on: a window's first token,
         whose channels can be a thousand times as large as any other's, has no more than its share.
         """
-        return torch.cat(self._rows[name])
+        kept = self._rows[name]
+        return torch.cat([rows[at // self._every % every :: every] for at, rows in enumerate(kept)])
 
     def mean(self, wanted: Sequence[str]) -> Tensor:
         """Mean magnitude of each channel over all inputs of several linears: [in]."""

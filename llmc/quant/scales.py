@@ -2,8 +2,9 @@
 
     code = clip(round(w / scale) + zero, 0, 2^bits - 1)
 
-The search tries ranges shrunk to `1, 1 - 1/20, ..., 1/2` of the group's own, and keeps for each group of each row the
-one with the least error of its share of the output (Lin et al. 2023, AWQ, appendix on clipping).
+A search tries ranges shrunk to `1, 1 - 1/20, ..., 1/2` of the group's own. `searched` keeps for each group of each row
+the one with the least error of its share of the output (Lin et al. 2023, AWQ, appendix on clipping). But what clipping
+takes has the sign of what it is taken from, so these errors add up in the whole output; `together` looks at that.
 
 Knows: groups. Does not know: which algorithm asks.
 """
@@ -22,7 +23,9 @@ from llmc.recipe import WeightFormat
 
 _NARROWEST = 1e-30
 _SHRINKS = [1 - step / 20 for step in range(11)]
+_MOST = 1.25  # by which scales are multiplied for the outputs' size
 _BLOCK = 1 << 22  # values searched at a time
+_ROWS = 8192  # of a matrix, searched together
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,49 @@ def _errors(values: Tensor, grid: Grid, grams: Tensor) -> Tensor:
     """[rows, groups]"""
     lost = grid.rounded(values).sub_(values).transpose(0, 1)  # [groups, rows, size]
     return torch.bmm(lost, grams).mul_(lost).sum(-1).T
+
+
+def together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, Grid]:
+    """Codes [rows, groups, size] with a small error of the whole output, and what they stand for.
+
+    Groups are taken in their order, each with the range that is best beside what all others lose at that moment. Then
+    a row's scales are multiplied by <y, y> / <y, y'>, so that on the whole y' is as large as y: the least error is
+    that of an output which is too small, and layers that follow each other multiply what is missing.
+
+    Args:
+        values: [rows, groups, size].
+        rows: What the matrix reads, [some, groups, size].
+    """
+    found = [_together(block, form, rows) for block in torch.split(values, _ROWS)]
+    codes, grids = zip(*found, strict=True)
+    grid = Grid(torch.cat([x.scale for x in grids]), torch.cat([x.zero for x in grids]), grids[0].highest)
+    return torch.cat(codes), grid
+
+
+def _together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, Grid]:
+    best = from_extremes(values, form)
+    lost = best.rounded(values).sub_(values)
+    missing = rows.flatten(1) @ lost.flatten(1).T  # [some, rows]: the error of the output
+    for group in range(values.shape[1]):
+        x, own = rows[:, group], values[:, group : group + 1]
+        missing.addmm_(x, lost[:, group].T, alpha=-1)
+        beside, gram = missing.T @ x, x.T @ x
+        least = torch.full((len(values),), torch.inf)
+        for shrink in _SHRINKS:
+            grid = from_extremes(own, form, shrink)
+            error = grid.rounded(own).sub_(own)[:, 0]
+            loss = (error @ gram).add_(beside, alpha=2).mul_(error).sum(1)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            lost[better, group] = error[better]
+            best.scale[better, group], best.zero[better, group] = grid.scale[better, 0], grid.zero[better, 0]
+        missing.addmm_(x, lost[:, group].T)
+    whole = rows.flatten(1) @ values.flatten(1).T
+    ratio = whole.square().sum(0) / missing.add_(whole).mul_(whole).sum(0)
+    usable = (ratio > 1 / _MOST) & (ratio < _MOST)  # not of a row whose outputs are all but zero
+    codes = best.codes(values)  # which would be others with the scales that they get
+    best.scale.mul_(torch.where(usable, ratio, torch.ones_like(ratio))[:, None])
+    return codes, best
 
 
 def packed(codes: Tensor, grid: Grid, form: WeightFormat, error: float | None = None) -> Packed:

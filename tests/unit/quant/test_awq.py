@@ -22,7 +22,7 @@ from llmc import names
 from llmc.checkpoint import Checkpoint
 from llmc.model import load
 from llmc.quant import awq, rtn, scales
-from llmc.quant.gram import values_of
+from llmc.quant.gram import grouped, values_of
 from llmc.quant.pack import Packed
 from llmc.quant.smoothing import fold, gather, representable, spread
 from llmc.recipe import QuantRecipe, WeightFormat
@@ -260,11 +260,55 @@ def test_given_its_candidates_is_modelopt(
         )
         torch.testing.assert_close(scale, 1 / model[0].input_quantizer.pre_quant_scale.flatten(), rtol=1e-4, atol=0)
         scale = 1 / model[0].input_quantizer.pre_quant_scale.flatten()
-    clip = variant != "awq_lite"
-    packed = awq.rounded(weight * scale, inputs / scale, form, clip=clip)
-    ours = values_of(packed, form, 256)
-    steps = ((ours - theirs).abs() / torch.from_numpy(packed.scale).repeat_interleave(group_size, 1)).flatten()
+    groups = grouped(weight * scale, group_size)
+    grid = scales.from_extremes(groups, form)
+    if variant != "awq_lite":
+        # Each range by itself, as gptq.py takes them; awq.py's choose together (below).
+        reads = grouped(inputs / scale, group_size).transpose(0, 1)
+        grid = scales.searched(groups, form, reads.mT @ reads)
+    ours = grid.rounded(groups).flatten(1)
+    steps = ((ours - theirs).abs() / grid.scale.repeat_interleave(group_size, 1)).flatten()
     # A group whose two best ranges lose the same to the last bit may take either.
     assert (steps > 1e-3).sum() <= 0.005 * len(steps)
     assert len(steps) == 96 * 256
     assert ((ours - weight * scale).abs() > 1e-6).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("form", [WeightFormat(bits=4, group_size=32), INT4.model_copy(update={"symmetric": False})])
+@torch.inference_mode()
+def test_ranges_chosen_together_lose_less_and_leave_outputs_their_size(form: WeightFormat) -> None:
+    """Inputs that go up and down together, and are not zero on average, as those of linears are."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 256, generator=generator)
+    rows = torch.randn(3000, 16, generator=generator) @ torch.randn(16, 256, generator=generator)
+    rows += torch.randn(3000, 256, generator=generator) + torch.randn(256, generator=generator)
+    seen, unseen = rows[:2000], rows[2000:]
+    groups, reads = grouped(weight, 32), grouped(seen, 32)
+    blocks = reads.transpose(0, 1)
+    packed = awq.rounded(weight, seen, form, clip=True)
+    values = {
+        "extremes": scales.nearest(weight, form),
+        "each": scales.searched(groups, form, blocks.mT @ blocks).rounded(groups).flatten(1),
+        "together": values_of(packed, form, 256),
+    }
+    for some in (seen, unseen):
+        exact = some @ weight.T
+        lost = {name: float((some @ found.T - exact).norm() / exact.norm()) for name, found in values.items()}
+        assert lost["together"] < 0.95 * lost["each"] < 0.9 * lost["extremes"], lost
+        if some is seen:
+            assert packed.error == pytest.approx(lost["together"], rel=1e-4)
+    exact = seen @ weight.T
+    sizes = {name: (exact * (seen @ found.T)).sum(0) / exact.square().sum(0) for name, found in values.items()}
+    torch.testing.assert_close(sizes["together"], torch.ones(64), rtol=1e-5, atol=0)
+    assert float(sizes["each"].mean()) < 0.999, sizes
+
+
+def test_rows_without_inputs_or_without_weights_are_rounded_to_nearest() -> None:
+    form = WeightFormat(bits=4, group_size=32)
+    weight = torch.randn(4, 64)
+    weight[1] = 0
+    groups = grouped(weight, 32)
+    for rows in (torch.zeros(10, 64), torch.randn(10, 64) * 1e-30):
+        codes, grid = scales.together(groups, form, grouped(rows, 32))
+        torch.testing.assert_close(grid.scale, scales.from_extremes(groups, form).scale)
+        torch.testing.assert_close(codes, scales.from_extremes(groups, form).codes(groups))

@@ -25,7 +25,7 @@ _NARROWEST = 1e-30
 _SHRINKS = [1 - step / 20 for step in range(11)]
 _MOST = 1.25  # by which scales are multiplied for the outputs' size
 _BLOCK = 1 << 22  # values searched at a time
-_ROWS = 8192  # of a matrix, searched together
+_ROWS = 2048  # of a matrix, searched together
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _errors(values: Tensor, grid: Grid, grams: Tensor) -> Tensor:
 
 
 def together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, Grid]:
-    """Codes [rows, groups, size] with a small error of the whole output, and what they stand for.
+    """Codes, uint8 [rows, groups, size], with a small error of the whole output, and what they stand for.
 
     Groups are taken in their order, each with the range that is best beside what all others lose at that moment. Then
     a row's scales are multiplied by <y, y> / <y, y'>, so that on the whole y' is as large as y: the least error is
@@ -112,13 +112,14 @@ def together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, 
         values: [rows, groups, size].
         rows: What the matrix reads, [some, groups, size].
     """
-    found = [_together(block, form, rows) for block in torch.split(values, _ROWS)]
-    codes, grids = zip(*found, strict=True)
-    grid = Grid(torch.cat([x.scale for x in grids]), torch.cat([x.zero for x in grids]), grids[0].highest)
-    return torch.cat(codes), grid
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    grids = [
+        _together(some, form, rows, out) for some, out in zip(values.split(_ROWS), codes.split(_ROWS), strict=True)
+    ]
+    return codes, Grid(torch.cat([x.scale for x in grids]), torch.cat([x.zero for x in grids]), grids[0].highest)
 
 
-def _together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, Grid]:
+def _together(values: Tensor, form: WeightFormat, rows: Tensor, codes: Tensor) -> Grid:
     best = from_extremes(values, form)
     lost = best.rounded(values).sub_(values)
     missing = rows.flatten(1) @ lost.flatten(1).T  # [some, rows]: the error of the output
@@ -139,9 +140,9 @@ def _together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor,
     whole = rows.flatten(1) @ values.flatten(1).T
     ratio = whole.square().sum(0) / missing.add_(whole).mul_(whole).sum(0)
     usable = (ratio > 1 / _MOST) & (ratio < _MOST)  # not of a row whose outputs are all but zero
-    codes = best.codes(values)  # which would be others with the scales that they get
+    codes.copy_(best.codes(values))  # which would be others with the scales that they get
     best.scale.mul_(torch.where(usable, ratio, torch.ones_like(ratio))[:, None])
-    return codes, best
+    return best
 
 
 def packed(codes: Tensor, grid: Grid, form: WeightFormat, error: float | None = None) -> Packed:

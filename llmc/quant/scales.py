@@ -113,9 +113,8 @@ def together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, 
         rows: What the matrix reads, [some, groups, size].
     """
     codes = torch.empty(values.shape, dtype=torch.uint8)
-    grids = [
-        _together(some, form, rows, out) for some, out in zip(values.split(_ROWS), codes.split(_ROWS), strict=True)
-    ]
+    blocks = zip(torch.split(values, _ROWS), torch.split(codes, _ROWS), strict=True)
+    grids = [_together(some, form, rows, out) for some, out in blocks]
     return codes, Grid(torch.cat([x.scale for x in grids]), torch.cat([x.zero for x in grids]), grids[0].highest)
 
 

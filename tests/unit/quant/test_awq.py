@@ -23,6 +23,7 @@ from llmc.checkpoint import Checkpoint
 from llmc.model import load
 from llmc.quant import awq, rtn, scales
 from llmc.quant.gram import grouped, values_of
+from llmc.quant.observed import Observed
 from llmc.quant.pack import Packed
 from llmc.quant.smoothing import fold, gather, representable, spread
 from llmc.recipe import QuantRecipe, WeightFormat
@@ -274,7 +275,17 @@ def test_given_its_candidates_is_modelopt(
     assert ((ours - weight * scale).abs() > 1e-6).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("form", [WeightFormat(bits=4, group_size=32), INT4.model_copy(update={"symmetric": False})])
+def test_a_first_token_has_no_more_than_its_share_of_the_rows() -> None:
+    seen = Observed(2)
+    for window in range(8):
+        seen.see("q", torch.arange(16.0)[:, None] + 100 * window)
+    kept, some = seen.rows("q").flatten(), seen.rows("q", 2).flatten()
+    assert (len(kept), len(some)) == (64, 32)
+    assert set(some.tolist()) <= set(kept.tolist())
+    assert [(rows % 100 == 0).sum().item() for rows in (kept, some)] == [4, 2]
+
+
+@pytest.mark.parametrize("form", [INT4, INT4.model_copy(update={"symmetric": False})])
 @torch.inference_mode()
 def test_ranges_chosen_together_lose_less_and_leave_outputs_their_size(form: WeightFormat) -> None:
     """Inputs that go up and down together, and are not zero on average, as those of linears are."""

@@ -81,12 +81,12 @@ def searched(values: Tensor, form: WeightFormat, grams: Tensor) -> Grid:
     return Grid(torch.cat([x.scale for x in found]), torch.cat([x.zero for x in found]), found[0].highest)
 
 
-def _search(values: Tensor, form: WeightFormat, grams: Tensor) -> Grid:
+def _search(values: Tensor, form: WeightFormat, grams: Tensor, beside: Tensor | None = None) -> Grid:
     best = from_extremes(values, form)
-    least = _errors(values, best, grams)
+    least = _errors(values, best, grams, beside)
     for shrink in _SHRINKS[1:]:
         grid = from_extremes(values, form, shrink)
-        errors = _errors(values, grid, grams)
+        errors = _errors(values, grid, grams, beside)
         better = errors < least
         least = torch.where(better, errors, least)
         best = Grid(
@@ -95,10 +95,17 @@ def _search(values: Tensor, form: WeightFormat, grams: Tensor) -> Grid:
     return best
 
 
-def _errors(values: Tensor, grid: Grid, grams: Tensor) -> Tensor:
-    """[rows, groups]"""
+def _errors(values: Tensor, grid: Grid, grams: Tensor, beside: Tensor | None) -> Tensor:
+    """What each group [rows, groups] adds to |missing|^2, the error of the output.
+
+    Args:
+        beside: missing^T x [rows, groups, size] of the output without the group; None where that is nothing.
+    """
     lost = grid.rounded(values).sub_(values).transpose(0, 1)  # [groups, rows, size]
-    return torch.bmm(lost, grams).mul_(lost).sum(-1).T
+    products = torch.bmm(lost, grams)
+    if beside is not None:
+        products.add_(beside.transpose(0, 1), alpha=2)
+    return products.mul_(lost).sum(-1).T
 
 
 def together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, Grid]:
@@ -120,22 +127,14 @@ def together(values: Tensor, form: WeightFormat, rows: Tensor) -> tuple[Tensor, 
 
 def _together(values: Tensor, form: WeightFormat, rows: Tensor, codes: Tensor) -> Grid:
     best = from_extremes(values, form)
-    lost = best.rounded(values).sub_(values)
-    missing = rows.flatten(1) @ lost.flatten(1).T  # [some, rows]: the error of the output
+    missing = rows.flatten(1) @ best.rounded(values).sub_(values).flatten(1).T  # [some, rows]: the error of the output
     for group in range(values.shape[1]):
         x, own = rows[:, group], values[:, group : group + 1]
-        missing.addmm_(x, lost[:, group].T, alpha=-1)
-        beside, gram = missing.T @ x, x.T @ x
-        least = torch.full((len(values),), torch.inf)
-        for shrink in _SHRINKS:
-            grid = from_extremes(own, form, shrink)
-            error = grid.rounded(own).sub_(own)[:, 0]
-            loss = (error @ gram).add_(beside, alpha=2).mul_(error).sum(1)
-            better = loss < least
-            least = torch.where(better, loss, least)
-            lost[better, group] = error[better]
-            best.scale[better, group], best.zero[better, group] = grid.scale[better, 0], grid.zero[better, 0]
-        missing.addmm_(x, lost[:, group].T)
+        before = Grid(best.scale[:, group, None], best.zero[:, group, None], best.highest)
+        missing.addmm_(x, before.rounded(own).sub_(own)[:, 0].T, alpha=-1)
+        found = _search(own, form, (x.T @ x)[None], (missing.T @ x)[:, None])
+        missing.addmm_(x, found.rounded(own).sub_(own)[:, 0].T)
+        best.scale[:, group], best.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
     whole = rows.flatten(1) @ values.flatten(1).T
     ratio = whole.square().sum(0) / missing.add_(whole).mul_(whole).sum(0)
     usable = (ratio > 1 / _MOST) & (ratio < _MOST)  # not of a row whose outputs are all but zero
